@@ -1,0 +1,120 @@
+"""INT8 matmul in Triton for every chip and shape: exact int32 sums, scales, bias and cast in the epilogue, batched."""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from teint8.numerics import MAX_INT32_K
+
+
+class Config(NamedTuple):
+    """A tile and how many warps and pipeline stages work on it."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+
+
+# (rows up to, tile), read off an H200 by benchmarks/gpu_linear.py --sweep
+TABLE = (
+    (16, Config(16, 64, 256, 4, 4)),
+    (64, Config(64, 64, 128, 4, 4)),
+    (512, Config(64, 128, 128, 4, 4)),
+    (2048, Config(128, 128, 128, 4, 3)),
+)
+LARGE = Config(128, 256, 128, 8, 3)
+
+
+def config_of(batch: int, m: int, n: int, k: int) -> Config:
+    """The tile for a problem; the bits of the result do not depend on it."""
+    for rows, config in TABLE:
+        if m <= rows:
+            return config
+    # fewer tiles than multiprocessors: smaller ones fill the card
+    return LARGE if batch * triton.cdiv(m, 128) * triton.cdiv(n, 256) >= 132 else TABLE[-1][1]
+
+
+@triton.jit
+def _int8_mm_kernel(
+    x_ptr, w_ptr, xs_ptr, ws_ptr, bias_ptr, y_ptr, M, N, K,
+    stride_xb, stride_xm, stride_wb, stride_wn, stride_xsb, stride_xsm, stride_wsb, stride_wsn, stride_bb, stride_bn,
+    HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr, WIDE_EVERY: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    batch = tl.program_id(1).to(tl.int64)
+    tile = tl.program_id(0)
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    # tiles go in groups of GROUP rows of tiles, so that what they read is still in the L2 cache
+    first = tile // (GROUP * tiles_n) * GROUP
+    height = tl.minimum(tiles_m - first, GROUP)
+    inner = tile % (GROUP * tiles_n)
+    rows = (first + inner % height) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = (inner // height) * BLOCK_N + tl.arange(0, BLOCK_N)
+    ks = tl.arange(0, BLOCK_K)
+    # rows past the end read row 0 instead of being masked: their results are not stored
+    xr = tl.where(rows < M, rows, 0).to(tl.int64)
+    wr = tl.where(columns < N, columns, 0).to(tl.int64)
+    x_ptrs = x_ptr + batch * stride_xb + xr[:, None] * stride_xm + ks[None, :]
+    w_ptrs = w_ptr + batch * stride_wb + wr[None, :] * stride_wn + ks[:, None]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    if WIDE:
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.int64)
+    for i in range(0, tl.cdiv(K, BLOCK_K)):
+        if EVEN_K:
+            x = tl.load(x_ptrs)
+            w = tl.load(w_ptrs)
+        else:
+            x = tl.load(x_ptrs, mask=ks[None, :] < K - i * BLOCK_K, other=0)
+            w = tl.load(w_ptrs, mask=ks[:, None] < K - i * BLOCK_K, other=0)
+        acc = tl.dot(x, w, acc, out_dtype=tl.int32)
+        x_ptrs += BLOCK_K
+        w_ptrs += BLOCK_K
+        if WIDE:  # sums of more than MAX_INT32_K products: emptied into int64 before they overflow
+            if i % WIDE_EVERY == WIDE_EVERY - 1:
+                total += acc.to(tl.int64)
+                acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    if WIDE:
+        sums = (total + acc.to(tl.int64)).to(tl.float32)
+    else:
+        sums = acc.to(tl.float32)
+    in_m = rows < M
+    in_n = columns < N
+    ws = tl.load(ws_ptr + batch * stride_wsb + wr * stride_wsn)
+    xs = tl.load(xs_ptr + batch * stride_xsb + xr * stride_xsm)
+    y = (sums * ws[None, :]) * xs[:, None]
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + batch * stride_bb + wr * stride_bn).to(tl.float32)[None, :]
+    y_ptrs = y_ptr + batch * M * N + rows.to(tl.int64)[:, None] * N + columns[None, :]
+    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=in_m[:, None] & in_n[None, :])
+
+
+def int8_mm(
+    xq: Tensor, xs: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None, dtype: torch.dtype, config: Config | None = None
+) -> Tensor:
+    """(B, M, N) from codes (B, M, K) and (B, N, K), scales (B, M) and (B, N), bias (B, N); a config overrides the table."""
+    batch, m, k = xq.shape
+    n = wq.shape[1]
+    # the tensor cores read both operands along K
+    xq = xq if xq.stride(2) == 1 else xq.contiguous()
+    wq = wq if wq.stride(2) == 1 else wq.contiguous()
+    c = config or config_of(batch, m, n, k)
+    # the interpreter's cast to bfloat16 does not round: it stores float32 and torch casts, with the bits of the GPU
+    inner = torch.float32 if dtype == torch.float64 or not xq.is_cuda else dtype
+    y = torch.empty((batch, m, n), dtype=inner, device=xq.device)
+    b = y if bias is None else bias
+    with torch.cuda.device_of(xq):
+        _int8_mm_kernel[(triton.cdiv(m, c.block_m) * triton.cdiv(n, c.block_n), batch)](
+            xq, wq, xs, ws, b, y, m, n, k,
+            xq.stride(0), xq.stride(1), wq.stride(0), wq.stride(1), xs.stride(0), xs.stride(1), ws.stride(0), ws.stride(1),
+            b.stride(0), b.stride(1),
+            HAS_BIAS=bias is not None, EVEN_K=k % c.block_k == 0, WIDE=k > MAX_INT32_K, WIDE_EVERY=MAX_INT32_K // c.block_k,
+            BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, GROUP=8,
+            num_warps=c.warps, num_stages=c.stages, enable_fp_fusion=False,
+        )  # fmt: skip
+    return y.to(dtype)

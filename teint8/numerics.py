@@ -1,0 +1,153 @@
+"""The numerics contract in plain torch: the text that every kernel is tested against, bit for bit.
+
+For a group of values ``x`` (a token's features, an output channel's weights), symmetric INT8 with float32 scales::
+
+    absmax = max |x|                        in float32, whatever the dtype of x
+    scale  = absmax / 127                   one IEEE division; absmax below 2^-100 counts as 0: scale 0, codes 0
+    code   = clamp(rint(x * (127 / absmax)), -127, 127)
+    x_hat  = code * scale
+    acc    = sum over k of code_x * code_w  exact
+    y      = (float32(acc) * scale_w) * scale_x (+ bias), each operation rounded once, then cast
+
+A group that holds a NaN or an infinity gets scale NaN and codes 0: its outputs are NaN, and no others are.
+
+Every operation is defined by IEEE 754, so that two implementations either agree in every bit or one of them is wrong.
+Two traps of torch are avoided below: ``127 / tensor`` is a reciprocal and a multiply (two roundings), and on CUDA
+``tensor / 127`` multiplies by a rounded reciprocal. Both divide by full tensors here.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+QMAX = 127
+"""Largest code. -128 is never used: codes are symmetric, so that negation is exact."""
+
+TINY = 2.0**-100
+"""An absmax below this counts as zero: 127 / absmax stays finite and no scale is denormal."""
+
+MAX_INT32_K = 131072
+"""Longest contraction that one int32 accumulator holds: 131072 * 127 * 127 < 2**31."""
+
+
+def absmax(x: Tensor) -> Tensor:
+    """Absmax of the last dimension in float32: ``(..., K) -> (...)``; 0 where K is 0, NaN where a value is NaN."""
+    if x.shape[-1] == 0:
+        return torch.zeros(x.shape[:-1], dtype=torch.float32, device=x.device)
+    return x.float().abs().amax(-1)
+
+
+def scale_of(absmax: Tensor) -> Tensor:
+    """``absmax / 127``; 0 where absmax is below 2^-100, NaN where it is not finite."""
+    scale = torch.where(absmax < TINY, 0.0, absmax / torch.full_like(absmax, QMAX))
+    return torch.where(absmax.isfinite(), scale, math.nan)
+
+
+def multiplier_of(absmax: Tensor) -> Tensor:
+    """``127 / absmax``, what values are multiplied by; 0 where the codes are 0 by definition."""
+    valid = absmax.isfinite() & (absmax >= TINY)
+    return torch.where(valid, torch.full_like(absmax, QMAX) / torch.where(valid, absmax, 1.0), 0.0)
+
+
+def codes_of(x: Tensor, multiplier: Tensor, noise: Tensor | None = None) -> Tensor:
+    """``clamp(rint(x * multiplier))`` in int8, ties to even; with noise in [0, 1): ``clamp(floor(x * multiplier + noise))``.
+
+    Args:
+        x: values (..., K), any float dtype.
+        multiplier: float32 (...), one for each group; 0 marks a group whose codes are 0 by definition.
+        noise: float32 (..., K) or None.
+    """
+    scaled = x.float() * multiplier.unsqueeze(-1)
+    rounded = scaled.round() if noise is None else (scaled + noise).floor()
+    # NaN * 0 is NaN, and a NaN has no int8 value: groups with multiplier 0 are set, not computed
+    return torch.where(multiplier.unsqueeze(-1) == 0, 0.0, rounded).clamp(-QMAX, QMAX).to(torch.int8)
+
+
+def quantize(x: Tensor, seed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Codes and scales of the rows of ``x``, one dynamic scale for each.
+
+    Args:
+        x: (M, K), any float dtype.
+        seed: None for rounding to nearest, else int64 (S,) with M a multiple of S: stochastic rounding, where seed s
+            rounds rows ``s * M / S`` to ``(s + 1) * M / S``.
+
+    Returns:
+        int8 codes (M, K) and float32 scales (M,).
+
+    Example:
+        >>> codes, scale = quantize(torch.tensor([[1.0, -2.0, 0.5]]))
+        >>> codes.tolist(), round(scale.item(), 6)
+        ([[64, -127, 32]], 0.015748)
+    """
+    a = absmax(x)
+    noise = None if seed is None else uniform(x.shape[0], x.shape[1], seed)
+    return codes_of(x, multiplier_of(a), noise), scale_of(a)
+
+
+def quantize_static(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes of the rows of ``x`` (M, K) at given scales (M,): ``clamp(rint(x * (1 / scale)))``.
+
+    Returns:
+        int8 codes (M, K) and float32 scales (M,): the given ones, NaN where the row holds a NaN or an infinity.
+    """
+    valid = (scale > 0) & absmax(x).isfinite()
+    multiplier = torch.where(valid, torch.ones_like(scale) / torch.where(valid, scale, 1.0), 0.0)
+    return codes_of(x, multiplier), torch.where(valid | (scale == 0), scale, math.nan)
+
+
+def clipped(x: Tensor, scale: Tensor) -> Tensor:
+    """Where ``quantize_static`` clips x (..., K) at a scale broadcastable to (...): the gradient is 0 there."""
+    return (x.float() * (torch.ones_like(scale) / scale).unsqueeze(-1)).round().abs() > QMAX
+
+
+def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """``codes * scale`` in float32, then cast: ``(..., K), (...) -> (..., K)``."""
+    return (codes.float() * scale.unsqueeze(-1)).to(dtype)
+
+
+def int8_mm(
+    x_codes: Tensor,
+    x_scale: Tensor,
+    w_codes: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """``((x_codes @ w_codes^T) * w_scale) * x_scale (+ bias)``, the sum over k exact.
+
+    float64 holds every integer below 2^53, so that its matrix product of codes is exact in any order up to K = 5e11.
+
+    Args:
+        x_codes: int8 (B, M, K). x_scale: float32 (B, M).
+        w_codes: int8 (B, N, K). w_scale: float32 (B, N).
+        bias: (B, N), any float dtype, or None.
+        dtype: of the result (B, M, N); cast once, at the end.
+    """
+    acc = (x_codes.double() @ w_codes.double().mT).float()
+    y = (acc * w_scale.unsqueeze(-2)) * x_scale.unsqueeze(-1)
+    return (y if bias is None else y + bias.float().unsqueeze(-2)).to(dtype)
+
+
+_MASK = 0xFFFFFFFF
+
+
+def mix32(h: Tensor) -> Tensor:
+    """A bijective 32-bit integer hash on int64 tensors that hold values in [0, 2^32) (lowbias32, C. Wellons, 2018)."""
+    h = ((h ^ (h >> 16)) * 0x7FEB352D) & _MASK
+    h = ((h ^ (h >> 15)) * 0x846CA68B) & _MASK
+    return h ^ (h >> 16)
+
+
+def uniform(rows: int, columns: int, seed: Tensor) -> Tensor:
+    """Counter-based noise in [0, 1) on a grid of 2^-24, float32 (rows, columns).
+
+    An element depends on its seed, its row within the rows of that seed and its column alone, so that noise does not
+    change with tiling and replays when a forward is run again.
+    """
+    groups = max(seed.numel(), 1)
+    row = torch.arange(max(rows // groups, 1), device=seed.device)
+    low, high = seed.reshape(-1, 1) & _MASK, (seed.reshape(-1, 1) >> 32) & _MASK
+    key = mix32(mix32(mix32(low) ^ high) ^ row).reshape(-1, 1)[:rows]
+    column = (torch.arange(columns, device=seed.device) * 0x9E3779B9) & _MASK
+    return (mix32((key + column) & _MASK) >> 8).float() * 2.0**-24

@@ -1,0 +1,11 @@
+"""INT8 ops on plain tensors, and the registry of their implementations."""
+
+from teint8.ops import cpu, cuda
+from teint8.ops.linear import linear
+from teint8.ops.raw import int8_mm, quantize
+from teint8.ops.registry import Implementation, Problem, implementations, register, select
+
+cpu.register_all()
+cuda.register_all()
+
+__all__ = ["Implementation", "Problem", "implementations", "int8_mm", "linear", "quantize", "register", "select"]

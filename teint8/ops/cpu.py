@@ -1,0 +1,93 @@
+"""CPU implementations: oneDNN's INT8 matmul, with rows and epilogues in C where a compiler is at hand, else in torch."""
+
+import threading
+
+import torch
+from torch import Tensor
+
+from teint8 import numerics
+from teint8.kernels import cpu_rows
+from teint8.ops.registry import Problem, register
+
+_CHUNK = 128  # rows whose int32 sums are held at once: they stay in the L2 cache
+
+
+class _Scratch(threading.local):
+    """One buffer a thread, kept: fresh memory costs more than the arithmetic done in it."""
+
+    buffer: Tensor | None = None
+
+    def int32(self, rows: int, columns: int) -> Tensor:
+        if self.buffer is None or self.buffer.numel() < rows * columns:
+            with torch.inference_mode(False):
+                self.buffer = torch.empty(rows * columns, dtype=torch.int32)
+        return self.buffer[: rows * columns].view(rows, columns)
+
+
+_scratch = _Scratch()
+
+
+def _quantize_c(x: Tensor, seed: Tensor | None, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    codes = torch.empty(x.shape, dtype=torch.int8)
+    scales = torch.empty(x.shape[0], dtype=torch.float32)
+    cpu_rows.quantize(x if x.stride(1) == 1 else x.contiguous(), codes, scales, seed, scale)
+    return codes, scales
+
+
+def _quantize_c_why_not(problem: Problem) -> str | None:
+    if problem.dtype not in cpu_rows.DTYPES:
+        return f"it has no {problem.dtype}"
+    return cpu_rows.why_not()
+
+
+def _mm_c(xq: Tensor, xs: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    x, w = xq[0].contiguous(), wq[0].t()
+    (m, k), n = x.shape, w.shape[1]
+    xs, ws = xs[0].contiguous(), ws[0].contiguous()
+    bias = None if bias is None else bias[0].float().contiguous()
+    y = torch.empty(1, m, n, dtype=dtype)
+    for i in range(0, m, _CHUNK):
+        rows = min(_CHUNK, m - i)
+        sums = torch._int_mm(x[i : i + rows], w, out=_scratch.int32(rows, n))
+        cpu_rows.epilogue(sums, xs[i : i + rows], ws, bias, y[0, i : i + rows])
+    return y
+
+
+def _mm_c_why_not(problem: Problem) -> str | None:
+    if problem.dtype not in cpu_rows.DTYPES:
+        return f"it has no {problem.dtype}"
+    return _onednn_why_not(problem) or cpu_rows.why_not()
+
+
+def _mm_onednn(xq: Tensor, xs: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    x, w = xq[0].contiguous(), wq[0].t()
+    y = torch._int_mm(x, w).float().mul_(ws[0]).mul_(xs[0].unsqueeze(1))
+    return (y if bias is None else y.add_(bias[0].float())).to(dtype).unsqueeze(0)
+
+
+def _onednn_why_not(problem: Problem) -> str | None:
+    if problem.batch > 1:
+        return "oneDNN's INT8 matmul has no batch"
+    if problem.k > numerics.MAX_INT32_K:
+        return f"K = {problem.k} overflows int32"
+    return "torch._int_mm is wrong on the CPU for K = 1" if problem.k == 1 else None
+
+
+def _mm_float(xq: Tensor, xs: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Batched: a float32 matmul holds the sums exactly below 2^24, K <= 1040; torch has no batched INT8 matmul on the CPU."""
+    y = (xq.float() @ wq.float().mT).mul_(ws.unsqueeze(1)).mul_(xs.unsqueeze(2))
+    return (y if bias is None else y.add_(bias.float().unsqueeze(1))).to(dtype)
+
+
+def _float_why_not(problem: Problem) -> str | None:
+    if problem.k * numerics.QMAX**2 > 2**24:
+        return f"K = {problem.k}: float32 sums would not be exact"
+    return None
+
+
+def register_all() -> None:
+    """Register the CPU's implementations."""
+    register("quantize", "cpu-c", _quantize_c, device="cpu", priority=20, why_not=_quantize_c_why_not)
+    register("int8_mm", "cpu-onednn-c", _mm_c, device="cpu", priority=20, why_not=_mm_c_why_not)
+    register("int8_mm", "cpu-onednn", _mm_onednn, device="cpu", priority=10, why_not=_onednn_why_not)
+    register("int8_mm", "cpu-exact-float", _mm_float, device="cpu", priority=5, why_not=_float_why_not)

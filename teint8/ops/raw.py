@@ -1,0 +1,209 @@
+"""The two raw ops, ``quantize`` and ``int8_mm``: schemas, fake tensors and vmap rules. They have no derivative.
+
+Derivatives are in ``ops/linear.py``, on top of these: an op of torch.library with an autograd formula does not work under torch.func.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from teint8 import _torch
+from teint8.ops import registry
+from teint8.ops.registry import Problem
+
+_library = torch.library.Library("teint8", "DEF")
+_library.define("quantize(Tensor x, Tensor? seed, Tensor? scale, int group_dims, str impl) -> (Tensor, Tensor)")
+_library.define(
+    "int8_mm(Tensor x_codes, Tensor x_scale, Tensor w_codes, Tensor w_scale, Tensor? bias, ScalarType dtype, str impl) -> Tensor"
+)
+
+
+def quantize(
+    x: Tensor,
+    *,
+    seed: Tensor | None = None,
+    scale: Tensor | None = None,
+    group_dims: int = 1,
+    impl: str = "",
+) -> tuple[Tensor, Tensor]:
+    """Codes and scales of ``x`` by the numerics contract; no gradient flows.
+
+    Args:
+        x: (..., K), any float dtype, any strides.
+        seed: int64 () or (S,) for stochastic rounding, else nearest.
+        scale: float32, broadcastable to (...), for static quantization.
+        group_dims: how many trailing dimensions share a scale: 1 for a scale a row, x.ndim for one in all.
+        impl: name of an implementation, "" for the best.
+
+    Returns:
+        int8 codes in the shape of x, contiguous, and float32 scales (...), one for each row (stride 0 where rows share one).
+
+    Example:
+        >>> codes, scale = quantize(torch.tensor([[1.0, -2.0], [0.0, 0.0]]))
+        >>> codes.tolist(), scale.shape
+        ([[64, -127], [0, 0]], torch.Size([2]))
+    """
+    op = _quantize if _direct(x, seed, scale) else torch.ops.teint8.quantize
+    codes, scales = op(x, seed, scale, group_dims, impl)
+    if group_dims > 1:
+        scales = scales.reshape(*scales.shape, *[1] * (group_dims - 1)).expand(x.shape[:-1])
+    return codes, scales
+
+
+def int8_mm(
+    x_codes: Tensor,
+    x_scale: Tensor,
+    w_codes: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    impl: str = "",
+) -> Tensor:
+    """``((x_codes @ w_codes^T) * w_scale) * x_scale (+ bias)``, the sum exact, cast to ``dtype``; no gradient flows.
+
+    Args:
+        x_codes: int8 (..., K) with w_codes (N, K), or (B, M, K) with (B, N, K).
+        x_scale: float32, the shape of x_codes without K.
+        w_codes: int8 (N, K) or (B, N, K). w_scale: float32 (N) or (B, N).
+        bias: (N) or (B, N), any float dtype, or None.
+        dtype: float dtype of the result.
+        impl: name of an implementation, "" for the best.
+
+    Returns:
+        (..., N) or (B, M, N).
+    """
+    op = _int8_mm if _direct(x_codes, x_scale, w_codes, w_scale, bias) else torch.ops.teint8.int8_mm
+    y: Tensor = op(x_codes, x_scale, w_codes, w_scale, bias, dtype, impl)
+    return y
+
+
+def problem_of(x: Tensor, n: int, w_ndim: int) -> Problem:
+    """The Problem that ``int8_mm`` of x (..., K) with a weight of n channels poses."""
+    batch = x.shape[0] if w_ndim > 2 else 1
+    k = x.shape[-1]
+    return Problem(x.device.type, x.dtype, batch, x.numel() // max(k * batch, 1), n, k)
+
+
+def _direct(*tensors: Tensor | None) -> bool:
+    """Whether the dispatcher would only cost time: real tensors, nothing that traces or transforms."""
+    if torch.compiler.is_compiling() or not _torch.no_dispatch_modes():
+        return False
+    return all(t is None or _torch.is_plain(t) for t in tensors)
+
+
+def _quantize(x: Tensor, seed: Tensor | None, scale: Tensor | None, group_dims: int, impl: str) -> Any:
+    shape = x.shape[: x.ndim - group_dims]
+    if x.numel() == 0:
+        # the scale of an empty group is 0, and there may be groups though there is no element
+        return torch.empty(x.shape, dtype=torch.int8, device=x.device), x.new_zeros(shape, dtype=torch.float32)
+    rows = x.detach().reshape(shape.numel(), -1)
+    seed = None if seed is None else seed.reshape(-1)
+    scale = None if scale is None else scale.expand(shape).reshape(-1)
+    problem = Problem(x.device.type, x.dtype, 1, rows.shape[0], 0, rows.shape[1])
+    codes, scales = registry.select("quantize", problem, impl).run(rows, seed, scale)
+    return codes.reshape(x.shape), scales.reshape(shape)
+
+
+def _int8_mm(
+    x_codes: Tensor,
+    x_scale: Tensor,
+    w_codes: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    impl: str,
+) -> Tensor:
+    n, k = w_codes.shape[-2:]
+    shape = (*x_codes.shape[:-1], n)
+    batch = w_codes.shape[0] if w_codes.ndim > 2 else 1
+    if 0 in shape or k == 0:
+        y = torch.zeros(shape, dtype=torch.float32, device=x_codes.device) * x_scale.unsqueeze(-1)
+        if bias is not None:
+            y = y + (bias.float() if w_codes.ndim == 2 else bias.float().unsqueeze(-2))
+        return y.to(dtype)
+    x3 = x_codes.reshape(batch, -1, k)
+    problem = Problem(x3.device.type, dtype, batch, x3.shape[1], n, k)
+    y = registry.select("int8_mm", problem, impl).run(
+        x3,
+        x_scale.reshape(batch, -1),
+        w_codes.reshape(batch, n, k),
+        w_scale.reshape(batch, n),
+        None if bias is None else bias.detach().reshape(batch, n),
+        dtype,
+    )
+    return y.reshape(shape)
+
+
+_library.impl("quantize", _quantize, "CompositeExplicitAutograd")
+_library.impl("int8_mm", _int8_mm, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("teint8::quantize", lib=_library)
+def _(x: Tensor, seed: Tensor | None, scale: Tensor | None, group_dims: int, impl: str) -> tuple[Tensor, Tensor]:
+    codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    return codes, x.new_empty(x.shape[: x.ndim - group_dims], dtype=torch.float32)
+
+
+@torch.library.register_fake("teint8::int8_mm", lib=_library)
+def _(
+    x_codes: Tensor,
+    x_scale: Tensor,
+    w_codes: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    impl: str,
+) -> Tensor:
+    return x_codes.new_empty((*x_codes.shape[:-1], w_codes.shape[-2]), dtype=dtype)
+
+
+def _front(t: Tensor, dim: int | None, size: int) -> Tensor:
+    """The mapped dimension in front; expanded, not copied, where there is none."""
+    return t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
+
+
+@torch.library.register_vmap("teint8::quantize", lib=_library)
+def _(
+    info: Any, in_dims: Any, x: Tensor, seed: Tensor | None, scale: Tensor | None, group_dims: int, impl: str
+) -> Any:
+    x = _front(x, in_dims[0], info.batch_size)
+    if seed is not None:
+        seed = _front(seed, in_dims[1], info.batch_size)
+    if scale is not None:
+        scale = _front(scale, in_dims[2], info.batch_size)
+        rows = x.ndim - group_dims
+        scale = scale.reshape(scale.shape[0], *[1] * (rows - scale.ndim), *scale.shape[1:])
+    return torch.ops.teint8.quantize(x, seed, scale, group_dims, impl), (0, 0)
+
+
+@torch.library.register_vmap("teint8::int8_mm", lib=_library)
+def _(
+    info: Any,
+    in_dims: Any,
+    x_codes: Tensor,
+    x_scale: Tensor,
+    w_codes: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    impl: str,
+) -> Any:
+    size, weight_dims = info.batch_size, in_dims[2:5]
+    xq, xs = _front(x_codes, in_dims[0], size), _front(x_scale, in_dims[1], size)
+    if weight_dims == (None, None, None) and w_codes.ndim == 2:  # the mapped dimension folds into the rows
+        return torch.ops.teint8.int8_mm(xq, xs, w_codes, w_scale, bias, dtype, impl), 0
+    wq, ws = _front(w_codes, in_dims[2], size), _front(w_scale, in_dims[3], size)
+    b = None if bias is None else _front(bias, in_dims[4], size)
+    shape = (*xq.shape[:-1], wq.shape[-2])
+    batch = wq.shape[:-2].numel()  # a batch of batches, or of stacked weights: one batched matmul
+    y = torch.ops.teint8.int8_mm(
+        xq.reshape(batch, -1, xq.shape[-1]),
+        xs.reshape(batch, -1),
+        wq.reshape(batch, *wq.shape[-2:]),
+        ws.reshape(batch, -1),
+        None if b is None else b.reshape(batch, -1),
+        dtype,
+        impl,
+    )
+    return y.reshape(shape), 0

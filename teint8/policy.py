@@ -1,0 +1,223 @@
+"""Policy: which calls run in INT8, and how. Frozen data: it is matched by ``teint8.transforms`` and changes nothing."""
+
+import dataclasses
+from typing import Any, Literal
+
+OPS = ("linear", "matmul", "activation_matmul")
+"""Names a rule may give in ``ops``: ``linear`` (F.linear and the projections of attention), ``matmul`` (torch.matmul, mm, bmm,
+addmm, baddbmm with a weight operand), ``activation_matmul`` (the same between two activations)."""
+
+
+def _one_of(owner: str, field: str, value: object, allowed: tuple[object, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{owner}: {field} is {value!r}; it must be one of {', '.join(map(repr, allowed))}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Quant:
+    """How one operand is quantized.
+
+    Attributes:
+        granularity: "row" gives a scale to each token of an activation, each output channel of a weight; "tensor" gives one scale
+            to the whole operand.
+        scale: "dynamic" takes it from the values at hand; "static" from the packed weight
+            (``QTensor.with_activation_scale``), for activations only.
+        rounding: "nearest" (ties to even) or "stochastic" (unbiased, for gradients only).
+
+    Raises:
+        ValueError: a value that is not one of these.
+
+    Example:
+        >>> Quant(rounding="stochastic")
+        Quant(rounding='stochastic')
+    """
+
+    granularity: Literal["row", "tensor"] = "row"
+    scale: Literal["dynamic", "static"] = "dynamic"
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+
+    def __post_init__(self) -> None:
+        _one_of("Quant", "granularity", self.granularity, ("row", "tensor"))
+        _one_of("Quant", "scale", self.scale, ("dynamic", "static"))
+        _one_of("Quant", "rounding", self.rounding, ("nearest", "stochastic"))
+
+    def __repr__(self) -> str:
+        return _repr(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What to do with the calls whose weight has a path that ``path`` matches.
+
+    Attributes:
+        path: a glob over the weight's path in the params ("encoder.layers.0.linear1.weight") or its module's; ``*`` stands for any
+            run of characters, dots included.
+        ops: names from ``teint8.policy.OPS``; activations are multiplied with each other in INT8 only by a rule that names
+            "activation_matmul".
+        weight: Quant of the weight, or None to leave the call in float.
+        activation: Quant of the activation, or None for a float activation (W8A16).
+        gradient: Quant of the output's gradient for an INT8 backward, or None for a float backward.
+        wgrad: with a gradient, whether the weight's gradient is computed in "int8" too or in "float" (SwitchBack).
+        compute: "int8" runs INT8 kernels, "simulate" plain torch with the same bits.
+
+    Raises:
+        TypeError: a field of another type. ValueError: a combination that has no meaning; the message names the fix.
+
+    Example:
+        >>> Rule("*.lm_head.*", weight=None)
+        Rule('*.lm_head.*', weight=None)
+    """
+
+    path: str = "*"
+    ops: tuple[str, ...] = ("linear", "matmul")
+    weight: Quant | None = Quant()
+    activation: Quant | None = Quant()
+    gradient: Quant | None = None
+    wgrad: Literal["int8", "float"] = "int8"
+    compute: Literal["int8", "simulate"] = "int8"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.path, str) or not self.path:
+            raise TypeError(f"Rule: path is {self.path!r}; a non-empty glob such as 'encoder.*' is needed")
+        if isinstance(self.ops, str) or not isinstance(self.ops, tuple):
+            raise TypeError(f"Rule: ops is {self.ops!r}; a tuple of names is needed, such as ('linear',)")
+        for op in self.ops:
+            _one_of("Rule", "ops", op, OPS)
+        for field in ("weight", "activation", "gradient"):
+            value = getattr(self, field)
+            if value is not None and not isinstance(value, Quant):
+                raise TypeError(f"Rule: {field} is {value!r}; Quant(...) or None is needed")
+        _one_of("Rule", "wgrad", self.wgrad, ("int8", "float"))
+        _one_of("Rule", "compute", self.compute, ("int8", "simulate"))
+        self._check_combination()
+
+    def _check_combination(self) -> None:
+        for field, value in (("weight", self.weight), ("gradient", self.gradient)):
+            if value is not None and value.scale == "static":
+                raise ValueError(f"Rule: {field}=Quant(scale='static') has no meaning; only activations have static scales")
+        for field, value in (("weight", self.weight), ("activation", self.activation)):
+            if value is not None and value.rounding == "stochastic":
+                raise ValueError(
+                    f"Rule: {field}=Quant(rounding='stochastic') would break train = serve; only gradients are rounded so"
+                )
+        if self.gradient is not None and self.gradient.granularity != "row":
+            raise ValueError(f"Rule: gradient={self.gradient!r}; gradients are quantized by row: Quant(granularity='row')")
+        if self.gradient is not None and self.activation is None:
+            raise ValueError("Rule: gradient is given but activation is None; an INT8 backward needs INT8 activations")
+
+    def matches(self, path: str, op: str) -> bool:
+        """Whether this rule is for ``op`` on the weight at ``path``."""
+        return op in self.ops and (glob(self.path, path) or glob(self.path, path.rpartition(".")[0]))
+
+    def __repr__(self) -> str:
+        return _repr(self, positional="path")
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """Rules in order: the first that matches decides, and a call that none matches stays float.
+
+    Example:
+        >>> policy = Policy([Rule("*.out_proj.*", weight=None), *Policy.qat().rules])
+        >>> policy
+        Policy([
+            Rule('*.out_proj.*', weight=None),
+            Rule('*'),
+        ])
+        >>> policy.match("layers.0.out_proj.weight", "linear")
+        Rule('*.out_proj.*', weight=None)
+    """
+
+    rules: tuple[Rule, ...]
+
+    def __init__(self, rules: Any = ()) -> None:
+        if isinstance(rules, Rule):
+            raise TypeError("Policy: a Rule was given; a list of rules is needed: Policy([Rule(...)])")
+        try:
+            rules = tuple(rules)
+        except TypeError:
+            raise TypeError(f"Policy: rules is {rules!r}; a list of Rule is needed") from None
+        for rule in rules:
+            if not isinstance(rule, Rule):
+                raise TypeError(f"Policy: {rule!r} is not a Rule; write Rule(path, ...)")
+        object.__setattr__(self, "rules", rules)
+
+    def match(self, path: str, op: str) -> Rule | None:
+        """The first rule for ``op`` on the weight at ``path``, or None."""
+        for rule in self.rules:
+            if rule.matches(path, op):
+                return rule
+        return None
+
+    @staticmethod
+    def qat() -> "Policy":
+        """W8A8 forward, float backward through the straight-through estimator: the default."""
+        return Policy([Rule()])
+
+    @staticmethod
+    def training() -> "Policy":
+        """INT8 forward, dX and dW, all rounded to nearest: deterministic. ``Quant(rounding="stochastic")`` is yours to ask for."""
+        return Policy([Rule(gradient=Quant())])
+
+    @staticmethod
+    def switchback() -> "Policy":
+        """INT8 forward and dX, float dW (Wortsman et al., 2023)."""
+        return Policy([Rule(gradient=Quant(), wgrad="float")])
+
+    @staticmethod
+    def weight_only() -> "Policy":
+        """W8A16: INT8 weights, float activations."""
+        return Policy([Rule(activation=None)])
+
+    @staticmethod
+    def simulate() -> "Policy":
+        """``qat()`` in plain torch on every device, with the same bits."""
+        return Policy([Rule(compute="simulate")])
+
+    @staticmethod
+    def preset(name: str) -> "Policy":
+        """A preset by its name: "qat", "training", "switchback", "weight_only" or "simulate".
+
+        Raises:
+            ValueError: an unknown name; the message lists the known ones.
+        """
+        presets = ("qat", "training", "switchback", "weight_only", "simulate")
+        _one_of("Policy.preset", "name", name, presets)
+        policy: Policy = getattr(Policy, name)()
+        return policy
+
+    def __repr__(self) -> str:
+        return "Policy([" + "".join(f"\n    {rule!r}," for rule in self.rules) + ("\n])" if self.rules else "])")
+
+
+def glob(pattern: str, path: str) -> bool:
+    """Whether ``pattern`` matches the whole of ``path``; ``*`` stands for any run of characters.
+
+    Plain string methods, which Dynamo can trace, unlike ``fnmatch``.
+
+    Example:
+        >>> glob("encoder.*.weight", "encoder.layers.0.linear1.weight"), glob("head", "head.bias")
+        (True, False)
+    """
+    first, *rest = pattern.split("*")
+    if not rest:
+        return path == pattern
+    if not path.startswith(first):
+        return False
+    at = len(first)
+    for part in rest[:-1]:
+        found = path.find(part, at)
+        if found < 0:
+            return False
+        at = found + len(part)
+    return len(path) - at >= len(rest[-1]) and path.endswith(rest[-1])
+
+
+def _repr(data: Any, positional: str = "") -> str:
+    """Only what differs from the defaults: a policy of ten rules should read as ten short lines."""
+    shown = [repr(getattr(data, positional))] if positional else []
+    for field in dataclasses.fields(data):
+        value = getattr(data, field.name)
+        if field.name != positional and value != field.default:
+            shown.append(f"{field.name}={value!r}")
+    return f"{type(data).__name__}({', '.join(shown)})"

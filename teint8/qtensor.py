@@ -1,0 +1,168 @@
+"""QTensor: a weight as INT8 codes and float32 scales."""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import optree
+import torch
+import torch.utils._pytree as torch_pytree
+from torch import Tensor
+
+from teint8 import numerics
+
+_LEAVES = ("codes", "scale", "activation_scale")
+
+
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
+class QTensor:
+    """A quantized weight: ``dequantize() == codes * scale``. Frozen; a pytree node for torch and for optree.
+
+    Attributes:
+        codes: int8, in the shape of the weight.
+        scale: float32, that shape with size 1 along ``axis`` (a scale for each output channel).
+        activation_scale: None, or a float32 tensor of one element: the static scale of the activation that meets this weight.
+        dtype: the float dtype that the weight had and that ``dequantize`` returns.
+        axis: -1 for a weight (..., N, K) as in ``nn.Linear``, -2 for (..., K, N) as in ``x @ w``: the contracted dimension.
+
+    A transform may add leading dimensions to codes and scale (a stack of models under ``torch.vmap``); ``axis`` counts
+    from the end, so that they do not matter.
+
+    Raises:
+        TypeError: a field of another type or dtype. ValueError: a scale whose shape does not fit the codes.
+
+    Example:
+        >>> q = QTensor.quantize(torch.tensor([[1.0, -2.0], [0.0, 0.5]]))
+        >>> q
+        QTensor(2x2, torch.float32 as int8, axis=-1, device=cpu, 12 bytes)
+        >>> q.codes.tolist()
+        [[64, -127], [0, 127]]
+    """
+
+    codes: Tensor
+    scale: Tensor
+    activation_scale: Tensor | None = None
+    dtype: torch.dtype = torch.float32
+    axis: int = -1
+
+    def __post_init__(self) -> None:
+        # a transform may rebuild the node with placeholders in place of tensors, which are not looked into
+        if not (isinstance(self.codes, Tensor) and isinstance(self.scale, Tensor)):
+            return
+        if self.axis not in (-1, -2):
+            raise ValueError(f"QTensor: axis is {self.axis!r}; it is -1 for a weight (..., N, K) or -2 for (..., K, N)")
+        if self.codes.ndim < 2:
+            raise ValueError(f"QTensor: codes have shape {tuple(self.codes.shape)}; a weight has at least 2 dimensions")
+        want = list(self.codes.shape)
+        want[self.axis] = 1
+        if list(self.scale.shape) not in (want, [*want[:-2], 1, 1]):
+            raise ValueError(
+                f"QTensor: scale has shape {tuple(self.scale.shape)} but codes have {tuple(self.codes.shape)} "
+                f"with axis {self.axis}; a scale of shape {tuple(want)} is needed"
+            )
+
+    @classmethod
+    def quantize(cls, weight: Tensor, *, axis: int = -1, granularity: str = "row") -> "QTensor":
+        """Quantize a float weight by the numerics contract, in plain torch (``teint8.pack`` uses the device's kernel).
+
+        Args:
+            weight: (..., N, K) with axis -1 or (..., K, N) with axis -2, any float dtype.
+            axis: the contracted dimension.
+            granularity: "row" for a scale for each output channel, "tensor" for one in all.
+        """
+        if not weight.is_floating_point():
+            raise TypeError(f"QTensor.quantize: weight has dtype {weight.dtype}; a float weight is needed")
+        rows = weight if axis == -1 else weight.mT
+        shape = rows.shape
+        flat = rows.reshape(-1, shape[-1]) if granularity == "row" else rows.reshape(-1, shape[-2] * shape[-1])
+        codes, scale = numerics.quantize(flat)
+        scale = scale.reshape(*shape[:-1], 1) if granularity == "row" else scale.reshape(*shape[:-2], 1, 1)
+        return cls.from_rows(codes.reshape(shape), scale.expand(*shape[:-1], 1), weight.dtype, axis)
+
+    @classmethod
+    def from_rows(cls, codes: Tensor, scale: Tensor, dtype: torch.dtype, axis: int) -> "QTensor":
+        """From codes (..., N, K) and scale (..., N, 1), whatever ``axis`` the weight itself has."""
+        return cls(codes, scale, None, dtype, -1) if axis == -1 else cls(codes.mT, scale.mT, None, dtype, -2)
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """Codes (..., N, K) and scales (..., N), the contracted dimension last."""
+        codes, scale = (self.codes, self.scale) if self.axis == -1 else (self.codes.mT, self.scale.mT)
+        return codes, scale.squeeze(-1).expand(codes.shape[:-1])
+
+    def dequantize(self) -> Tensor:
+        """The weight as floats: ``codes * scale`` in float32, cast to ``dtype``."""
+        return (self.codes.float() * self.scale).to(self.dtype)
+
+    def with_activation_scale(self, scale: float | Tensor) -> "QTensor":
+        """The same weight, with the static scale of the activation that meets it (``absmax / 127`` of calibration data).
+
+        Raises:
+            ValueError: a scale that is not one positive number.
+
+        Example:
+            >>> q = QTensor.quantize(torch.eye(2)).with_activation_scale(0.02)
+            >>> q.activation_scale
+            tensor(0.0200)
+        """
+        value = torch.as_tensor(scale, dtype=torch.float32, device=self.codes.device)
+        if value.numel() != 1 or not bool(value > 0) or not bool(value.isfinite()):
+            raise ValueError(f"QTensor.with_activation_scale: {scale!r} given; one positive finite number is needed")
+        return dataclasses.replace(self, activation_scale=value.reshape(()))
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the weight."""
+        return self.codes.shape
+
+    @property
+    def ndim(self) -> int:
+        """Number of dimensions of the weight."""
+        return self.codes.ndim
+
+    @property
+    def device(self) -> torch.device:
+        """Device of codes and scale."""
+        return self.codes.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales together."""
+        return sum(t.nbytes for t in (self.codes, self.scale, self.activation_scale) if t is not None)
+
+    def to(self, device: torch.device | str) -> "QTensor":
+        """The same weight on another device."""
+        moved = (None if t is None else t.to(device) for t in (self.codes, self.scale, self.activation_scale))
+        return QTensor(*moved, self.dtype, self.axis)  # type: ignore[arg-type]
+
+    def __repr__(self) -> str:
+        if not isinstance(self.codes, Tensor):
+            return f"QTensor({self.codes!r}, {self.scale!r})"
+        static = "" if self.activation_scale is None else ", static activation scale"
+        size = "x".join(map(str, self.shape))
+        return f"QTensor({size}, {self.dtype} as int8, axis={self.axis}, device={self.device}, {self.nbytes} bytes{static})"
+
+
+def _flatten(q: QTensor) -> tuple[list[Any], tuple[torch.dtype, int]]:
+    return [q.codes, q.scale, q.activation_scale], (q.dtype, q.axis)
+
+
+def _unflatten(leaves: Iterable[Any], aux: tuple[torch.dtype, int]) -> QTensor:
+    return QTensor(*leaves, *aux)
+
+
+torch_pytree.register_pytree_node(
+    QTensor,
+    _flatten,
+    _unflatten,
+    flatten_with_keys_fn=lambda q: ([(torch_pytree.GetAttrKey(k), getattr(q, k)) for k in _LEAVES], (q.dtype, q.axis)),
+    serialized_type_name="teint8.QTensor",
+    to_dumpable_context=lambda aux: [str(aux[0]).removeprefix("torch."), aux[1]],
+    from_dumpable_context=lambda aux: (getattr(torch, aux[0]), aux[1]),
+)
+optree.register_pytree_node(
+    QTensor,
+    lambda q: (*_flatten(q), _LEAVES),  # type: ignore[arg-type]
+    lambda aux, leaves: _unflatten(leaves, aux),  # type: ignore[arg-type]
+    namespace=optree.registry.__GLOBAL_NAMESPACE,
+)
+torch.serialization.add_safe_globals([QTensor])
