@@ -5,8 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.utils._pytree as torch_pytree
 import torch.utils.checkpoint
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -44,3 +46,46 @@ def storage_ref(x: Tensor) -> Any:
     from torch.multiprocessing.reductions import StorageWeakRef
 
     return StorageWeakRef(x.untyped_storage())
+
+
+def replay_in_checkpoint(route: Any) -> None:
+    """Make a checkpoint that is being recorded recompute under ``route``, also after its context has ended.
+
+    torch.utils.checkpoint restores torch.autocast and the random state when it recomputes, but no other mode. What it will
+    call again is found where each variant keeps it: without reentry, in the frame of the innermost saved-tensors hook; with
+    reentry, in the autograd context of the running ``CheckpointFunction.forward``. Where neither is found nothing is done,
+    and torch raises a CheckpointError for the tensors that then differ.
+    """
+    if torch.compiler.is_compiling() or in_transform():
+        return
+    if torch.is_grad_enabled():
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+        cells = getattr(hooks[0], "__closure__", None) if hooks else None
+        for cell in cells or ():
+            _replay(cell.cell_contents, "recompute_fn", route)
+    elif route.replays_reentrant:
+        frame = sys._getframe(1)
+        while frame is not None:
+            if frame.f_code is torch.utils.checkpoint.CheckpointFunction.forward.__code__:
+                _replay(frame.f_locals["ctx"], "run_function", route)
+            frame = frame.f_back  # type: ignore[assignment]
+
+
+def _replay(holder: Any, name: str, route: Any) -> None:
+    function: Callable[..., Any] | None = getattr(holder, name, None)
+    if function is not None and not hasattr(function, "teint8_replays"):
+        replay = route.replaying(function)
+        replay.teint8_replays = True
+        setattr(holder, name, replay)
+
+
+def to_fake(tree: Any) -> Any:
+    """The tree with every tensor fake, all of one FakeTensorMode: shapes, dtypes and devices, no data."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    return torch_pytree.tree_map_only(Tensor, mode.from_tensor, tree)
+
+
+def fake_mode_of(*trees: Any) -> Any:
+    """The FakeTensorMode of a tree that ``to_fake`` made."""
+    fakes = [leaf for leaf in torch_pytree.tree_leaves(trees) if isinstance(leaf, FakeTensor)]
+    return fakes[0].fake_mode

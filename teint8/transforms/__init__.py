@@ -1,0 +1,8 @@
+"""Transforms: functions to functions (``quantize``), params to params (``pack``), and what they say of themselves (``explain``)."""
+
+from teint8.transforms.explain import explain
+from teint8.transforms.pack import pack, unpack
+from teint8.transforms.quantize import quantize
+from teint8.transforms.receipt import Receipt, Record
+
+__all__ = ["Receipt", "Record", "explain", "pack", "quantize", "unpack"]

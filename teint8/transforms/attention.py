@@ -1,0 +1,210 @@
+"""``F.multi_head_attention_forward`` taken apart, so that its projections are calls of their own.
+
+To a routing mode that function is one call: what it calls inside is not seen. Here every projection goes through a function
+that the caller gives, and the rest is torch's float attention with every option of the original.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from teint8 import _torch
+
+Project = Callable[[Tensor, Tensor, Tensor | None, slice | None], Tensor]
+"""(x, weight, bias, rows): ``F.linear(x, weight[rows], bias)``; rows None is the whole weight."""
+
+
+def multi_head_attention_forward(
+    project: Project,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    embed_dim_to_check: int,
+    num_heads: int,
+    in_proj_weight: Tensor | None,
+    in_proj_bias: Tensor | None,
+    bias_k: Tensor | None,
+    bias_v: Tensor | None,
+    add_zero_attn: bool,
+    dropout_p: float,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None,
+    training: bool = True,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    use_separate_proj_weight: bool = False,
+    q_proj_weight: Tensor | None = None,
+    k_proj_weight: Tensor | None = None,
+    v_proj_weight: Tensor | None = None,
+    static_k: Tensor | None = None,
+    static_v: Tensor | None = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Multi-head attention (Vaswani et al., 2017); arguments and results as in ``torch.nn.functional``, after ``project``.
+
+    Raises:
+        ValueError: shapes that do not fit; the message names them.
+    """
+    _check(query, key, value, embed_dim_to_check, num_heads, use_separate_proj_weight, is_causal, attn_mask)
+    unbatched = query.ndim == 2
+    if unbatched:
+        query, key, value = _map_shared(lambda t: t.unsqueeze(1), query, key, value)
+        key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+    length, batch, width = query.shape
+    key_padding_mask = _additive(key_padding_mask, query.dtype)
+    hinted = is_causal and key_padding_mask is None and not need_weights
+    attn_mask = None if hinted else _additive(attn_mask, query.dtype)
+    if attn_mask is not None:
+        attn_mask = _three_dimensional(attn_mask, length, key.shape[0], batch * num_heads)
+
+    if use_separate_proj_weight:
+        weights = [(w, None) for w in (q_proj_weight, k_proj_weight, v_proj_weight)]
+    else:
+        weights = [(in_proj_weight, slice(i * width, (i + 1) * width)) for i in range(3)]
+    q, k, v = _in_projections(project, (query, key, value), weights, in_proj_bias, width)
+    if bias_k is not None and bias_v is not None:
+        k, v = torch.cat([k, bias_k.repeat(1, batch, 1)]), torch.cat([v, bias_v.repeat(1, batch, 1)])
+        attn_mask, key_padding_mask = _padded(attn_mask), _padded(key_padding_mask)
+
+    def heads(t: Tensor) -> Tensor:
+        return t.reshape(t.shape[0], batch * num_heads, width // num_heads).transpose(0, 1)
+
+    q = heads(q)
+    k = heads(k) if static_k is None else static_k
+    v = heads(v) if static_v is None else static_v
+    if add_zero_attn:
+        k, v = (torch.cat([t, t.new_zeros(t.shape[0], 1, t.shape[2])], dim=1) for t in (k, v))
+        attn_mask, key_padding_mask = _padded(attn_mask), _padded(key_padding_mask)
+    if key_padding_mask is not None:
+        padding = key_padding_mask.reshape(batch, 1, 1, k.shape[1]).expand(-1, num_heads, -1, -1)
+        padding = padding.reshape(batch * num_heads, 1, k.shape[1])
+        attn_mask = padding if attn_mask is None else attn_mask + padding
+
+    dropout_p = dropout_p if training else 0.0
+    if need_weights:
+        out, weights_ = _with_weights(q, k, v, attn_mask, dropout_p)
+        out = out.transpose(0, 1).reshape(length * batch, width)
+    else:
+        out = _fused(q, k, v, attn_mask, dropout_p, hinted, batch, num_heads)
+        out = out.permute(2, 0, 1, 3).reshape(length * batch, width)
+    out = project(out, out_proj_weight, out_proj_bias, None)
+    out = out.reshape(length, batch, out.shape[-1])
+    if unbatched:
+        out = out.squeeze(1)
+    if not need_weights:
+        return out, None
+    weights_ = weights_.reshape(batch, num_heads, length, -1)
+    weights_ = weights_.mean(1) if average_attn_weights else weights_
+    return out, weights_.squeeze(0) if unbatched else weights_
+
+
+def _in_projections(
+    project: Project, xs: Any, weights: list[tuple[Any, Any]], bias: Tensor | None, width: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v; what shares an input and a weight is one matmul."""
+    query, key, value = xs
+    (whole, rows), *_ = weights
+    if rows is not None and query is key and key is value:
+        q, k, v = project(query, whole, bias, None).split(width, dim=-1)
+        return q.contiguous(), k.contiguous(), v.contiguous()
+    biases = [None] * 3 if bias is None else [bias[i * width : (i + 1) * width] for i in range(3)]
+    q = project(query, *_weight_and_bias(weights[0], biases[0]))
+    if rows is not None and key is value:
+        both = project(key, whole, None if bias is None else bias[width:], slice(width, 3 * width))
+        k, v = both.split(width, dim=-1)
+        return q, k.contiguous(), v.contiguous()
+    k = project(key, *_weight_and_bias(weights[1], biases[1]))
+    return q, k, project(value, *_weight_and_bias(weights[2], biases[2]))
+
+
+def _weight_and_bias(weight: tuple[Any, Any], bias: Tensor | None) -> tuple[Any, Tensor | None, Any]:
+    return weight[0], bias, weight[1]
+
+
+def _with_weights(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float) -> tuple[Tensor, Tensor]:
+    q = q * math.sqrt(1.0 / q.shape[-1])
+    scores = torch.bmm(q, k.mT) if mask is None else torch.baddbmm(mask, q, k.mT)
+    weights = F.dropout(scores.softmax(-1), dropout_p) if dropout_p > 0.0 else scores.softmax(-1)
+    return torch.bmm(weights, v), weights
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float, causal: bool, batch: int, heads: int) -> Tensor:
+    if mask is not None:
+        mask = mask.unsqueeze(0) if mask.shape[0] == 1 else mask.reshape(batch, heads, -1, k.shape[1])
+    q, k, v = (t.reshape(batch, heads, *t.shape[1:]) for t in (q, k, v))
+    attention = math_attention if _torch.needs_math_attention() else F.scaled_dot_product_attention
+    out: Tensor = attention(q, k, v, mask, dropout_p, causal)
+    return out
+
+
+def math_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """``F.scaled_dot_product_attention`` in differentiable steps, for transforms that torch's fused kernels have no rule for."""
+    if enable_gqa:
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+        value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
+    scores = torch.matmul(query, key.mT) * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = _additive(~attn_mask, query.dtype)
+    scores = scores if attn_mask is None else scores + attn_mask
+    weights = scores.softmax(-1)
+    return torch.matmul(F.dropout(weights, dropout_p) if dropout_p > 0.0 else weights, value)
+
+
+def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A boolean mask (True masks) as 0 and -inf; a float mask as it is."""
+    if mask is None or mask.is_floating_point():
+        return mask
+    if mask.dtype != torch.bool:
+        raise TypeError(f"attention: a mask has dtype {mask.dtype}; bool or float is needed")
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, -math.inf)
+
+
+def _three_dimensional(mask: Tensor, length: int, keys: int, heads: int) -> Tensor:
+    if mask.ndim == 2 and mask.shape == (length, keys):
+        return mask.unsqueeze(0)
+    if mask.ndim == 3 and mask.shape == (heads, length, keys):
+        return mask
+    raise ValueError(
+        f"attention: attn_mask has shape {tuple(mask.shape)}; ({length}, {keys}) or ({heads}, {length}, {keys}) is needed"
+    )
+
+
+def _padded(mask: Tensor | None) -> Tensor | None:
+    """One more key, seen by all."""
+    return None if mask is None else F.pad(mask, (0, 1))
+
+
+def _map_shared(f: Callable[[Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """f of each; what was one tensor stays one, so that it is projected once."""
+    fq = f(q)
+    fk = fq if k is q else f(k)
+    return fq, fk, fk if v is k else f(v)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, width: int, heads: int, separate: bool, is_causal: bool, mask: Any) -> None:
+    shapes = f"query {tuple(q.shape)}, key {tuple(k.shape)}, value {tuple(v.shape)}"
+    if q.ndim not in (2, 3) or k.ndim != q.ndim or v.ndim != q.ndim:
+        raise ValueError(f"attention: {shapes}; all need 3 dimensions (length, batch, width), or all 2 without a batch")
+    if q.shape[-1] != width or width % heads:
+        raise ValueError(f"attention: {shapes}; the width must be {width} and divisible by {heads} heads")
+    if k.shape[:-1] != v.shape[:-1] or (not separate and k.shape != v.shape):
+        raise ValueError(f"attention: {shapes}; key and value must have the same length, batch and width")
+    if is_causal and mask is None:
+        raise ValueError("attention: is_causal=True is a hint about attn_mask; give the mask too")

@@ -1,0 +1,156 @@
+"""``pack`` and ``unpack``: float parameters to INT8 weights and back, in the same tree."""
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.utils._pytree as torch_pytree
+from torch import Tensor, nn
+
+from teint8 import _torch
+from teint8.ops.raw import quantize as quantize_rows
+from teint8.policy import Policy
+from teint8.qtensor import QTensor
+from teint8.transforms.quantize import BoundRoute, is_qtensor, leaf_paths, quantized, run
+from teint8.transforms.route import Operand
+
+Use = tuple[int, str] | None
+"""How a call uses a weight: (contracted dimension, granularity) in INT8, or None in float."""
+
+
+def pack(qfn: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+    """``params`` with a QTensor in place of each weight that the policy of ``qfn`` quantizes.
+
+    ``qfn(pack(qfn, params), x)`` gives the bits of ``qfn(params, x)``. A weight that is also used in float (an embedding tied to
+    an output layer) stays float, since its codes would not.
+
+    Args:
+        qfn: a result of ``quantize``.
+        params: its parameters: for a module a dict, or a tuple of dicts; for a function any pytree.
+        args, kwargs: example inputs, for an abstract run (shapes only, nothing is computed) that finds which leaves are weights.
+            Needed for a function; a module is otherwise read by the types of its layers (nn.Linear, nn.MultiheadAttention
+            and transformers' Conv1D, so give inputs where layers of your own multiply by weights).
+
+    Returns:
+        A tree of the same structure, with QTensor leaves. Leaves that are packed already stay as they are.
+
+    Raises:
+        TypeError: ``qfn`` is not quantized, or a function without example inputs. ValueError: nothing to pack.
+
+    Example:
+        >>> from teint8 import quantize
+        >>> model = nn.Linear(4, 2)
+        >>> packed = pack(quantize(model), dict(model.named_parameters()))
+        >>> packed["weight"]
+        QTensor(2x4, torch.float32 as int8, axis=-1, device=cpu, 16 bytes)
+    """
+    target = quantized(qfn)
+    if args or kwargs:
+        uses = _survey(qfn, params, args, kwargs)
+    elif isinstance(target, nn.Module):
+        uses = _read_module(target, qfn.policy)
+    else:
+        raise TypeError(
+            f"pack: {qfn.__name__} is a function, and its weights are found by an abstract run; "
+            "give example inputs: pack(qfn, params, *args)"
+        )
+    groups = params if isinstance(target, nn.Module) and isinstance(params, tuple) else (params,)
+    packed = tuple(_pack_tree(group, uses) for group in groups)
+    if not any(isinstance(leaf, QTensor) for leaf in torch_pytree.tree_leaves(packed, is_leaf=is_qtensor)):
+        raise ValueError(
+            f"pack: {qfn.policy!r} quantizes no weight of {qfn.__name__}; "
+            "check its paths, or give example inputs so that an abstract run finds the weights: pack(qfn, params, *args)"
+        )
+    return packed if groups is params else packed[0]
+
+
+def unpack(packed: Any) -> Any:
+    """The tree with each QTensor dequantized: float weights on their INT8 grid.
+
+    Example:
+        >>> unpack({"w": QTensor.quantize(torch.tensor([[1.0, -2.0]])), "b": 3.0})
+        {'w': tensor([[ 1.0079, -2.0000]]), 'b': 3.0}
+    """
+    return torch_pytree.tree_map(lambda leaf: leaf.dequantize() if isinstance(leaf, QTensor) else leaf, packed, is_leaf=is_qtensor)
+
+
+def _pack_tree(tree: Any, uses: dict[str, set[Use]]) -> Any:
+    leaves, spec = torch_pytree.tree_flatten(tree, is_leaf=is_qtensor)
+    leaves = [_pack_leaf(leaf, uses.get(path, set())) for path, leaf in zip(leaf_paths(tree), leaves, strict=True)]
+    return torch_pytree.tree_unflatten(leaves, spec)
+
+
+def _pack_leaf(leaf: Any, uses: set[Use]) -> Any:
+    if not isinstance(leaf, Tensor) or len(uses) != 1:
+        return leaf
+    (use,) = uses
+    return leaf if use is None else pack_weight(leaf, *use)
+
+
+def pack_weight(weight: Tensor, axis: int, granularity: str) -> QTensor:
+    """One weight by the device's kernel, contracted along ``axis``."""
+    with torch.no_grad():
+        rows = weight.detach() if axis == -1 else weight.detach().mT
+        codes, scale = quantize_rows(rows, group_dims=1 if granularity == "row" else 2)
+        return QTensor.from_rows(codes, scale.unsqueeze(-1), weight.dtype, axis)
+
+
+class _Survey(BoundRoute):
+    """Runs a program on fake tensors and notes how each weight is used."""
+
+    def __init__(self, policy: Policy) -> None:
+        super().__init__(policy, strict=False, receipt=None)
+        self.packed_leaves = True  # look through the arguments of every call
+        self.uses: dict[str, set[Use]] = {}
+
+    def packed(self, weight: Operand, axis: int, granularity: str) -> Operand:
+        self.uses.setdefault(weight.path, set()).add((axis, granularity))
+        return weight
+
+    def plain(self, args: Any) -> Any:
+        for leaf in torch_pytree.tree_leaves(args):
+            operand = self.known.get(leaf) if isinstance(leaf, Tensor) else None
+            if operand is not None:
+                self.uses.setdefault(operand.path, set()).add(None)
+        return args
+
+
+def _survey(qfn: Any, params: Any, args: Any, kwargs: Any) -> dict[str, set[Use]]:
+    fake_params, fake_args, fake_kwargs = _torch.to_fake((unpack(params), args, kwargs))
+    survey = _Survey(qfn.policy)
+    with _torch.fake_mode_of(fake_params, fake_args), torch.no_grad():
+        run(qfn, survey, fake_params, fake_args, fake_kwargs)
+    return survey.uses
+
+
+def _read_module(module: nn.Module, policy: Policy) -> dict[str, set[Use]]:
+    """How the layers of a module use its parameters, by their types."""
+    by_tensor: dict[Tensor, set[Use]] = {}
+    paths: dict[str, Tensor] = {}
+    for path, owner, name, parameter in _parameters(module):
+        paths[path] = parameter
+        axis = _contracted_dimension(owner, name)
+        rule = None if axis is None else policy.match(path, "linear" if axis == -1 else "matmul")
+        use = None if axis is None or rule is None or rule.weight is None else (axis, rule.weight.granularity)
+        by_tensor.setdefault(parameter, set()).add(use)
+    return {path: by_tensor[parameter] for path, parameter in paths.items()}
+
+
+def _parameters(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    for prefix, owner in module.named_modules(remove_duplicate=False):
+        for name, parameter in owner.named_parameters(recurse=False, remove_duplicate=False):
+            yield f"{prefix}.{name}" if prefix else name, owner, name, parameter
+
+
+def _contracted_dimension(owner: nn.Module, name: str) -> int | None:
+    """-1 or -2 for a weight of a layer that is known to multiply by it, else None."""
+    forward = type(owner).forward
+    if forward is nn.Linear.forward and name == "weight":
+        return -1
+    if forward is nn.MultiheadAttention.forward and name.endswith("proj_weight"):
+        return -1
+    transformers = sys.modules.get("transformers.pytorch_utils")
+    if transformers is not None and forward is transformers.Conv1D.forward and name == "weight":
+        return -2
+    return None

@@ -1,0 +1,252 @@
+"""``quantize``: a model or a function as an INT8 function of its parameters."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.utils._pytree as torch_pytree
+from torch import Tensor, nn
+
+from teint8.policy import Policy
+from teint8.qtensor import QTensor
+from teint8.transforms.receipt import Receipt
+from teint8.transforms.route import Operand, Route
+
+_GETTERS = {
+    Tensor.shape.__get__: None,  # type: ignore[attr-defined]
+    Tensor.device.__get__: None,  # type: ignore[attr-defined]
+    Tensor.ndim.__get__: None,  # type: ignore[attr-defined]
+    Tensor.size: None,
+    Tensor.dim: None,
+    Tensor.numel: None,
+}
+"""What codes answer as the weight itself does."""
+
+_TRANSPOSES = {torch.t, Tensor.t, Tensor.T.__get__, Tensor.mT.__get__, torch.transpose, Tensor.transpose}  # type: ignore[attr-defined]
+
+
+class BoundRoute(Route):
+    """A route for a call whose weights are known by name: the leaves of its params.
+
+    ``functional_call`` binds the very tensors that it is given, so a dict keyed by tensors finds a weight's path and its packed
+    form, in eager mode, under Dynamo and under torch.func.
+
+    Attributes:
+        known: for each tensor that stands for a weight in the program (a float leaf, or the codes of a packed one), its Operand.
+        packed_leaves: whether any leaf is packed, so that other calls must be looked through for codes.
+    """
+
+    def __init__(self, policy: Policy, strict: bool, receipt: Receipt | None) -> None:
+        super().__init__(policy, strict, receipt)
+        self.known: dict[Tensor, Operand] = {}
+        self.packed_leaves = False
+        self.rebind: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
+
+    def bind(self, path: str, leaf: Any) -> Any:
+        """Remember a leaf; what the program gets in its place."""
+        if isinstance(leaf, QTensor):
+            self.packed_leaves = True
+            self.known[leaf.codes] = Operand(leaf, path)
+            return leaf.codes
+        if isinstance(leaf, Tensor):
+            self.known[leaf] = Operand(leaf, path)
+        return leaf
+
+    def operand(self, t: Any) -> Operand | None:
+        return self.known.get(t)
+
+    def other(self, func: Any, args: Any, kwargs: Any) -> Any:
+        first = self.known.get(args[0]) if args and isinstance(args[0], Tensor) else None
+        if first is not None and func in _TRANSPOSES:
+            result = func(*args, **kwargs)
+            if result.ndim >= 2 and result.shape == args[0].mT.shape and result.stride() == args[0].mT.stride():
+                value = first.value if isinstance(first.value, QTensor) else result
+                self.known[result] = Operand(value, first.path, not first.transposed)
+                return result
+        if not self.packed_leaves:
+            return func(*args, **kwargs)
+        if first is not None and isinstance(first.value, QTensor):
+            if func in _GETTERS:
+                return func(*args, **kwargs)
+            if func is Tensor.dtype.__get__:  # type: ignore[attr-defined]
+                return first.value.dtype
+        return func(*self.plain(args), **self.plain(kwargs))
+
+    def plain(self, args: Any) -> Any:
+        if not self.packed_leaves:
+            return args
+        if isinstance(args, Tensor):
+            operand = self.known.get(args)
+            if operand is None or not isinstance(operand.value, QTensor):
+                return args
+            value = operand.value.dequantize()
+            return value.mT if operand.transposed else value
+        if isinstance(args, dict):
+            return {key: self.plain(value) for key, value in args.items()}
+        return type(args)([self.plain(value) for value in args]) if type(args) in (tuple, list) else args
+
+    def replaying(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return super().replaying(function if self.rebind is None else self.rebind(function))
+
+
+class _Shell(nn.Module):
+    """Runs a function while a module's parameters are rebound: ``functional_call`` wants a module whose forward it is."""
+
+    def __init__(self, module: nn.Module, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.module, self.function = module, function
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+
+def quantize(
+    module_or_fn: nn.Module | Callable[..., Any], policy: Policy | None = None, *, strict: bool = False
+) -> Callable[..., Any]:
+    """A pure function that runs ``module_or_fn`` with its matmuls in INT8 by the rules of ``policy``.
+
+    The module is never touched, and nothing is registered: the result is a function of its inputs, under torch.func.grad,
+    vmap, jvp and torch.compile as in eager mode. It takes float parameters (training) and packed ones (inference), and gives
+    the same bits for both.
+
+    Args:
+        module_or_fn: an nn.Module, or a pure function whose first argument is a pytree of parameters.
+        policy: which calls run in INT8, and how; ``Policy.qat()`` unless given.
+        strict: raise where a rule wants INT8 and the call cannot run so, and for a rule that matches no call.
+
+    Returns:
+        For a module, ``qfn(params, *args, **kwargs)``, where params is a dict of its parameters by name, or a tuple of such dicts
+        (parameters, buffers). For a function, one of the same signature.
+
+    Raises:
+        TypeError: not a module or function, or not a Policy. When called, ValueError: params that do not fit the module.
+
+    Example:
+        >>> model = nn.Linear(4, 2)
+        >>> qfn = quantize(model)
+        >>> params = dict(model.named_parameters())
+        >>> loss = lambda p: qfn(p, torch.ones(3, 4)).square().mean()
+        >>> grads = torch.func.grad(loss)(params)
+        >>> {name: tuple(g.shape) for name, g in grads.items()}
+        {'weight': (2, 4), 'bias': (2,)}
+    """
+    policy = Policy.qat() if policy is None else policy
+    if not isinstance(policy, Policy):
+        raise TypeError(f"quantize: policy is {policy!r}; a Policy is needed, such as Policy.training()")
+    if isinstance(module_or_fn, nn.Module):
+        call = functools.partial(_call_module, module_or_fn)
+    elif callable(module_or_fn):
+        call = functools.partial(_call_function, module_or_fn)
+    else:
+        raise TypeError(f"quantize: {module_or_fn!r} is neither an nn.Module nor a function")
+
+    def qfn(params: Any, *args: Any, **kwargs: Any) -> Any:
+        route = BoundRoute(policy, strict, None)
+        y = call(route, params, args, kwargs)
+        route.check_matched()
+        return y
+
+    qfn.__name__ = f"quantized_{getattr(module_or_fn, '__name__', type(module_or_fn).__name__)}"
+    qfn.__wrapped__ = module_or_fn  # type: ignore[attr-defined]
+    qfn.policy = policy  # type: ignore[attr-defined]
+    qfn.strict = strict  # type: ignore[attr-defined]
+    return qfn
+
+
+def run(qfn: Any, route: BoundRoute, params: Any, args: Any, kwargs: Any) -> Any:
+    """Call a quantized function under a route of one's own, which must have its policy.
+
+    Raises:
+        TypeError: ``qfn`` is not a result of ``quantize``.
+    """
+    target = quantized(qfn)
+    call = _call_module if isinstance(target, nn.Module) else _call_function
+    return call(target, route, params, args, kwargs)
+
+
+def quantized(qfn: Any) -> Any:
+    """The module or function that ``qfn`` was made from.
+
+    Raises:
+        TypeError: ``qfn`` is not a result of ``quantize``.
+    """
+    target = getattr(qfn, "__wrapped__", None)
+    if target is None or not isinstance(getattr(qfn, "policy", None), Policy):
+        raise TypeError(f"{qfn!r} is not a quantized function; make one with teint8.quantize(model)")
+    return target
+
+
+def is_qtensor(leaf: Any) -> bool:
+    """Whether a node of a pytree is a QTensor, which these transforms take as a leaf."""
+    return isinstance(leaf, QTensor)
+
+
+def _call_module(module: nn.Module, route: BoundRoute, params: Any, args: Any, kwargs: Any) -> Any:
+    groups = params if isinstance(params, tuple) else (params,)
+    _check_params(module, groups)
+    bound = {path: route.bind(path, leaf) for group in groups for path, leaf in group.items()}
+    if not torch.compiler.is_compiling():
+
+        def rebind(function: Callable[..., Any]) -> Callable[..., Any]:
+            names = {f"module.{path}": leaf for path, leaf in bound.items()}
+            return lambda *a, **k: torch.func.functional_call(_Shell(module, function), names, a, k)
+
+        route.rebind = rebind
+    with route:
+        return torch.func.functional_call(module, bound, args, kwargs)
+
+
+def _call_function(function: Callable[..., Any], route: BoundRoute, params: Any, args: Any, kwargs: Any) -> Any:
+    leaves, spec = torch_pytree.tree_flatten(params, is_leaf=is_qtensor)
+    paths = leaf_paths(params)
+    bound = [route.bind(path, leaf) for path, leaf in zip(paths, leaves, strict=True)]
+    with route:
+        return function(torch_pytree.tree_unflatten(bound, spec), *args, **kwargs)
+
+
+def leaf_paths(params: Any) -> list[str]:
+    """Names of the leaves of a pytree, in order: keys and indices joined by dots ("layers.0.w").
+
+    Example:
+        >>> leaf_paths({"layers": [{"w": 1.0}], "head": 2.0})
+        ['layers.0.w', 'head']
+    """
+    return [_name(path) for path, _ in torch_pytree.tree_flatten_with_path(params, is_leaf=is_qtensor)[0]]
+
+
+def _name(path: Any) -> str:
+    parts = []
+    for key in path:
+        part = getattr(key, "key", None)
+        part = getattr(key, "idx", None) if part is None else part
+        parts.append(str(getattr(key, "name", None) if part is None else part))
+    return ".".join(parts)
+
+
+def _check_params(module: nn.Module, groups: tuple[Any, ...]) -> None:
+    for group in groups:
+        if not isinstance(group, Mapping):
+            raise TypeError(
+                f"quantized {type(module).__name__}: params is a {type(group).__name__}; a dict of tensors by name is needed, "
+                "dict(model.named_parameters()), or a tuple of such dicts: (params, buffers)"
+            )
+        if torch.compiler.is_compiling():
+            continue
+        for path, leaf in group.items():
+            _check_leaf(module, path, leaf)
+
+
+def _check_leaf(module: nn.Module, path: str, leaf: Any) -> None:
+    owner, _, name = path.rpartition(".")
+    try:
+        own = getattr(module.get_submodule(owner), name)
+    except AttributeError:
+        raise ValueError(
+            f"quantized {type(module).__name__}: it has no parameter or buffer {path!r}; are these the params of another model?"
+        ) from None
+    if isinstance(leaf, QTensor) and leaf.shape != own.shape:
+        raise ValueError(
+            f"quantized {type(module).__name__}: {path} has shape {tuple(own.shape)} but {leaf!r} was given; "
+            "is it the QTensor of another layer?"
+        )

@@ -1,0 +1,85 @@
+"""The receipt: for each call of a quantizable op, which implementation ran it, or why it stayed float."""
+
+import dataclasses
+from collections.abc import Iterator
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One kind of call.
+
+    Attributes:
+        path: the weight's path in the params, or the call site ("file.py:12") where it has none.
+        op: "linear", "matmul" or "activation_matmul".
+        m: rows of the activation, over all leading dimensions. n: output channels. k: length of the contraction.
+        batch: how many such matmuls in one call (a batched weight).
+        implementation: what ran it: "cpu-onednn-c", "triton", "reference", ..., or "float".
+        reason: why it stayed float, or "".
+        calls: how often it was called so.
+    """
+
+    path: str
+    op: str
+    m: int
+    n: int
+    k: int
+    batch: int
+    implementation: str
+    reason: str = ""
+    calls: int = 1
+
+    @property
+    def int8(self) -> bool:
+        """Whether it ran in INT8."""
+        return self.implementation != "float"
+
+
+class Receipt:
+    """Records, in the order of their first call; printed as a table.
+
+    Example:
+        >>> receipt = Receipt()
+        >>> receipt.add(Record("fc.weight", "linear", 32, 10, 64, 1, "cpu-onednn-c"))
+        >>> print(receipt)
+        path       op      M   N   K   batch  ran as        calls  reason
+        fc.weight  linear  32  10  64  1      cpu-onednn-c  1
+        1 of 1 calls ran in INT8
+    """
+
+    def __init__(self) -> None:
+        self._calls: dict[Record, int] = {}
+
+    def add(self, record: Record) -> None:
+        """Count one call."""
+        self._calls[record] = self._calls.get(record, 0) + 1
+
+    @property
+    def records(self) -> list[Record]:
+        """The records, each with its number of calls."""
+        return [dataclasses.replace(record, calls=n) for record, n in list(self._calls.items())]
+
+    @property
+    def int8_calls(self) -> int:
+        """Number of calls that ran in INT8."""
+        return sum(record.calls for record in self.records if record.int8)
+
+    @property
+    def calls(self) -> int:
+        """Number of calls of quantizable ops."""
+        return sum(record.calls for record in self.records)
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(self.records)
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    def __str__(self) -> str:
+        rows = [("path", "op", "M", "N", "K", "batch", "ran as", "calls", "reason")]
+        for r in self:
+            rows.append((r.path, r.op, *map(str, (r.m, r.n, r.k, r.batch)), r.implementation, str(r.calls), r.reason))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([*lines, f"{self.int8_calls} of {self.calls} calls ran in INT8"])
+
+    __repr__ = __str__

@@ -1,0 +1,305 @@
+"""Routing: a TorchFunctionMode that sees each call of a program and takes over the matmuls that a rule wants in INT8."""
+
+import copy
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from teint8 import _torch, ops
+from teint8.ops.raw import problem_of
+from teint8.policy import Policy, Rule
+from teint8.qtensor import QTensor
+from teint8.transforms import attention, callsite, shapes
+from teint8.transforms.receipt import Receipt, Record
+
+
+class Operand(NamedTuple):
+    """A weight as a call sees it.
+
+    Attributes:
+        value: the float tensor in the layout of the call, or the QTensor in its own.
+        path: its path in the params, "" where it has none.
+        transposed: whether the call sees it with its last two dimensions swapped.
+    """
+
+    value: Tensor | QTensor
+    path: str = ""
+    transposed: bool = False
+
+
+class Route(TorchFunctionMode):
+    """Sends matmuls to INT8 by the rules of a policy. Subclasses tell what is a weight (``operand``) and what is cached.
+
+    Args:
+        policy: the rules.
+        strict: raise where a rule wants INT8 and the call cannot run so.
+        receipt: where calls are recorded, or None.
+    """
+
+    def __init__(self, policy: Policy, strict: bool, receipt: Receipt | None) -> None:
+        super().__init__()
+        self.policy, self.strict, self.receipt = policy, strict, receipt
+        self.matched: set[int] = set()
+        self.replays_reentrant = True  # whether calls without gradients look for a reentrant checkpoint
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        handler = _HANDLERS.get(func)
+        if handler is None:
+            return self.other(func, args, kwargs or {})
+        return handler(self, func, args, kwargs or {})
+
+    def operand(self, t: Any) -> Operand | None:
+        """What is known of ``t`` as a weight, or None."""
+        raise NotImplementedError
+
+    def other(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """A call that is not taken over."""
+        return func(*args, **kwargs)
+
+    def plain(self, args: Any) -> Any:
+        """The arguments of a call that stays float, without packed weights."""
+        return args
+
+    def packed(self, weight: Operand, axis: int, granularity: str) -> Operand:
+        """The weight with its codes where they are held already, else as it is."""
+        return weight
+
+    def replaying(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function``, which recomputes a checkpoint, under this route."""
+        again = copy.copy(self)
+        again.receipt = None
+
+        def replay(*args: Any, **kwargs: Any) -> Any:
+            with again:
+                return function(*args, **kwargs)
+
+        return replay
+
+    def rule(self, path: str, op: str) -> Rule | None:
+        """The rule for a call."""
+        for i, rule in enumerate(self.policy.rules):
+            if rule.matches(path, op):
+                if not torch.compiler.is_compiling():
+                    self.matched.add(i)
+                return rule
+        return None
+
+    def unmatched(self) -> list[Rule]:
+        """Rules that decided no call so far."""
+        return [rule for i, rule in enumerate(self.policy.rules) if i not in self.matched]
+
+    def check_matched(self) -> None:
+        """In strict mode, raise for rules that decided nothing: a misspelt path would pass unseen."""
+        if self.strict and not torch.compiler.is_compiling() and self.unmatched():
+            raise ValueError(
+                f"strict: no call matched {', '.join(map(repr, self.unmatched()))}; mend the path or the order of the rules "
+                "(the first match wins; teint8.explain lists the paths), or leave strict off"
+            )
+
+    def multiply(
+        self, op: str, x: Any, weight: Operand, axis: int, bias: Any, float_call: Callable[[], Any], rows: Any = None
+    ) -> Any:
+        """x (..., K) by a weight whose contracted dimension is ``axis`` of its layout in this call: INT8, or ``float_call``.
+
+        Args:
+            rows: a slice of the output channels, for weights that hold several projections.
+        """
+        path = self.path(weight)
+        rule = self.rule(path, op)
+        reason = _why_float(op, rule, x, weight, axis)
+        if reason:
+            if self.strict and rule is not None and rule.weight is not None:
+                raise ValueError(
+                    f"strict: {path} ({op}) cannot run in INT8: {reason}. Leave it in float with Rule({path!r}, weight=None) "
+                    "before the other rules, or leave strict off"
+                )
+            self.record(path, op, x, weight, axis, rows, "float", reason)
+            return float_call()
+        assert rule is not None and rule.weight is not None
+        layout = -3 - axis if weight.transposed else axis
+        weight = self.packed(weight, layout, rule.weight.granularity)
+        value = weight.value if axis == -1 or isinstance(weight.value, QTensor) else weight.value.mT
+        cut = None
+        if rows is not None:
+            value, bias, cut = shapes.channels(value, bias, rows, rule.weight.granularity)
+        x = shapes.align(x, value)
+        impl = "reference" if rule.compute == "simulate" else ""
+        if self.receipt is not None and not torch.compiler.is_compiling():
+            self.record(path, op, x, weight, axis, rows, _ran_as(x, value, rule, impl), "")
+        _torch.replay_in_checkpoint(self)
+        activation = rule.activation
+        y = ops.linear(
+            x,
+            value,
+            bias,
+            weight_granularity=rule.weight.granularity,
+            activation=None if activation is None else activation.granularity,
+            static=activation is not None and activation.scale == "static",
+            gradient=None if rule.gradient is None else rule.gradient.rounding,
+            wgrad=rule.wgrad,
+            impl=impl,
+            dtype=_autocast_dtype(x),
+        )
+        return y if cut is None else y[..., cut]
+
+    def path(self, weight: Operand) -> str:
+        """The weight's path, or its call site; "?" in compiled code, where there is no stack to read."""
+        if weight.path:
+            return weight.path
+        return "?" if torch.compiler.is_compiling() else callsite.line_of_call()
+
+    def record(
+        self, path: str, op: str, x: Any, weight: Operand, axis: int, rows: Any, implementation: str, reason: str
+    ) -> None:
+        """Note one call on the receipt."""
+        if self.receipt is None or torch.compiler.is_compiling():
+            return
+        shape = weight.value.shape
+        swapped = weight.transposed and isinstance(weight.value, QTensor)
+        k, n = (shape[-1], shape[-2]) if (axis == -1) != swapped else (shape[-2], shape[-1])
+        n = n if rows is None else len(range(n)[rows])
+        batch = shape[:-2].numel()
+        m = x.numel() // max(k * (x.shape[0] if x.ndim > 2 and batch > 1 else 1), 1)
+        self.receipt.add(Record(path, op, m, n, k, batch, implementation, reason))
+
+
+def _why_float(op: str, rule: Rule | None, x: Any, weight: Operand, axis: int) -> str:
+    """The reason why a call stays float, or ""."""
+    if rule is None:
+        return "between activations: a rule must name 'activation_matmul'" if op == "activation_matmul" else "no rule matches"
+    if rule.weight is None:
+        return "its rule leaves the weight in float"
+    if not x.is_floating_point():
+        return f"the activation is {x.dtype}"
+    value = weight.value
+    if isinstance(value, QTensor):
+        seen = -3 - value.axis if weight.transposed else value.axis
+        return "" if seen == axis else "the weight was packed along its other dimension"
+    if not value.is_floating_point():
+        return f"the weight is {value.dtype}"
+    return shapes.why_not(x, value)
+
+
+def _ran_as(x: Tensor, value: Any, rule: Rule, impl: str) -> str:
+    """The name of the implementation that ``ops.linear`` will select."""
+    if rule.activation is None:
+        return "dequantized"
+    n, ndim = (value.rows()[0] if isinstance(value, QTensor) else value).shape[-2], value.ndim
+    problem = problem_of(x, n, ndim)._replace(dtype=_autocast_dtype(x) or x.dtype)
+    return ops.select("int8_mm", problem, impl).name
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that torch.autocast wants of a matmul's result: autocast acts below the mode, so the op must honour it."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return None
+
+
+def _linear(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
+    x, w, bias = shapes.bind(("input", "weight", "bias"), args, kwargs)
+    weight = route.operand(w) or Operand(w)
+    return route.multiply(
+        "linear", x, weight, -1, bias, lambda: torch.ops.aten.linear(*route.plain((x, w, bias)))
+    )
+
+
+def _matmul(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
+    return _product(route, func, args, kwargs, *shapes.bind(("self", "other"), args, kwargs, also=("input", "mat2")))
+
+
+def _rmatmul(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
+    other, first = args
+    return _product(route, torch.matmul, (first, other), kwargs, first, other)
+
+
+def _product(route: Route, func: Any, args: Any, kwargs: Any, a: Any, b: Any) -> Any:
+    """a @ b, with a weight on one side or none."""
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or min(a.ndim, b.ndim) < 1 or "out" in kwargs:
+        return func(*route.plain(args), **kwargs)
+
+    def in_float() -> Any:
+        return _ATEN[func](*route.plain((a, b)))
+
+    right, left = route.operand(b), route.operand(a)
+    if right is not None and b.ndim > 1:
+        return route.multiply("matmul", a, right, -2, None, in_float)
+    if left is not None and a.ndim > 1:
+        x = b if b.ndim == 1 else b.mT
+        y = route.multiply("matmul", x, left, -1, None, lambda: _side(in_float(), b))
+        return y if b.ndim == 1 else y.mT.contiguous()
+    if b.ndim > 1:
+        return route.multiply("activation_matmul", a, Operand(b), -2, None, in_float)
+    return in_float()
+
+
+def _side(y: Tensor, b: Tensor) -> Tensor:
+    return y if b.ndim == 1 else y.mT
+
+
+def _addmm(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
+    names = ("self", "mat1", "mat2", "beta", "alpha")
+    also = ("input", "batch1", "batch2", "beta", "alpha")
+    bias, a, b, beta, alpha = shapes.bind(names, args, kwargs, also=also)
+    beta, alpha = 1 if beta is None else beta, 1 if alpha is None else alpha
+    right = route.operand(b)
+    if "out" in kwargs or (right is None and route.operand(a) is None):
+        return func(*route.plain(args), **dict(zip(kwargs, route.plain(tuple(kwargs.values())), strict=True)))
+    product = torch.bmm if func in (torch.baddbmm, Tensor.baddbmm) else torch.mm
+    if right is not None and beta == alpha == 1 and bias.ndim == 1 and bias.shape == b.shape[-1:] and product is torch.mm:
+        return route.multiply(
+            "matmul", a, right, -2, bias, lambda: torch.ops.aten.addmm(*route.plain((bias, a, b)))
+        )
+    y = _product(route, product, (a, b), {}, a, b)
+    y = y if alpha == 1 else y * alpha
+    (bias,) = route.plain((bias,))
+    return y if beta == 0 else y + (bias if beta == 1 else bias * beta)
+
+
+def _attention(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
+    def project(x: Tensor, w: Tensor, bias: Tensor | None, rows: slice | None) -> Tensor:
+        weight = route.operand(w) or Operand(w)
+
+        def in_float() -> Any:
+            (whole,) = route.plain((w,))
+            return torch.ops.aten.linear(x, whole if rows is None else whole[rows], bias)
+
+        y: Tensor = route.multiply("linear", x, weight, -1, bias, in_float, rows)
+        return y
+
+    return attention.multi_head_attention_forward(project, *args, **kwargs)
+
+
+def _scaled_dot_product_attention(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
+    if _torch.needs_math_attention():
+        return attention.math_attention(*args, **kwargs)
+    return func(*args, **kwargs)
+
+
+_ATEN = {
+    torch.matmul: torch.ops.aten.matmul,
+    Tensor.matmul: torch.ops.aten.matmul,
+    Tensor.__matmul__: torch.ops.aten.matmul,
+    torch.mm: torch.ops.aten.mm,
+    Tensor.mm: torch.ops.aten.mm,
+    torch.bmm: torch.ops.aten.bmm,
+    Tensor.bmm: torch.ops.aten.bmm,
+}
+"""What a call that stays float runs: its aten op, which a surrounding route does not take over a second time."""
+
+_HANDLERS: dict[Any, Callable[[Route, Any, Any, Any], Any]] = {
+    **dict.fromkeys(_ATEN, _matmul),
+    F.linear: _linear,
+    Tensor.__rmatmul__: _rmatmul,
+    torch.addmm: _addmm,
+    Tensor.addmm: _addmm,
+    torch.baddbmm: _addmm,
+    Tensor.baddbmm: _addmm,
+    F.multi_head_attention_forward: _attention,
+    F.scaled_dot_product_attention: _scaled_dot_product_attention,
+}
