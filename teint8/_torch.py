@@ -56,14 +56,15 @@ def replay_in_checkpoint(route: Any) -> None:
     reentry, in the autograd context of the running ``CheckpointFunction.forward``. Where neither is found nothing is done,
     and torch raises a CheckpointError for the tensors that then differ.
     """
-    if torch.compiler.is_compiling() or in_transform():
+    recording = torch.is_grad_enabled()
+    if not (recording or route.replays_reentrant) or torch.compiler.is_compiling() or in_transform():
         return
-    if torch.is_grad_enabled():
+    if recording:
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
         cells = getattr(hooks[0], "__closure__", None) if hooks else None
         for cell in cells or ():
             _replay(cell.cell_contents, "recompute_fn", route)
-    elif route.replays_reentrant:
+    else:
         frame = sys._getframe(1)
         while frame is not None:
             if frame.f_code is torch.utils.checkpoint.CheckpointFunction.forward.__code__:

@@ -26,36 +26,34 @@ class CacheInfo(NamedTuple):
 
 
 class _Entry(NamedTuple):
-    version: int
-    storage: Any
     place: tuple[Any, ...]
+    storage: Any
     packed: QTensor
 
 
-class _Cache:
-    """Packed weights by weight, held weakly; an entry counts while the weight is the tensor that was packed, in every way."""
+class _Held:
+    """What is kept of a weight: its path, and its packed forms by (contracted dimension, granularity)."""
+
+    __slots__ = ("packed", "path")
 
     def __init__(self) -> None:
-        self.entries = WeakTensorKeyDictionary()
-        self.lock = threading.Lock()
+        self.path: str | None = None
+        self.packed: dict[tuple[int, str], _Entry] = {}
 
     def get(self, weight: Tensor, axis: int, granularity: str) -> QTensor:
-        with self.lock:
-            held = self.entries.setdefault(weight, {})
-        entry = held.get((axis, granularity))
-        # the version counts in-place edits; a storage, device, dtype or shape of its own tells .to() and .data = ...
-        place = (weight.data_ptr(), weight.shape, weight.stride(), weight.dtype, weight.device)
-        if entry is not None and entry.version == weight._version and entry.place == place and not entry.storage.expired():
-            packed: QTensor = entry.packed
-            return packed
-        version = weight._version
-        with torch.inference_mode(False):
-            made = pack_weight(weight, axis, granularity)
-        held[(axis, granularity)] = _Entry(version, _torch.storage_ref(weight), place, made)
-        return made
+        """The packed weight: the one that is held while the weight is what was packed, in every way, else a new one."""
+        # the version counts in-place edits; address, layout and storage tell .to() and .data = ...
+        place = (weight._version, weight.data_ptr(), weight.stride(), weight.dtype)
+        entry = self.packed.get((axis, granularity))
+        if entry is None or entry.place != place or entry.storage.expired():
+            with torch.inference_mode(False):
+                made = pack_weight(weight, axis, granularity)
+            entry = self.packed[axis, granularity] = _Entry(place, _torch.storage_ref(weight), made)
+        return entry.packed
 
 
-_cache = _Cache()
+_held = WeakTensorKeyDictionary()
+_lock = threading.Lock()
 
 
 class te_int8_autocast(Route):
@@ -101,6 +99,8 @@ class te_int8_autocast(Route):
         super().__init__(chosen if enabled else Policy(), strict and enabled, Receipt())
         self.training = training
         self.replays_reentrant = training
+        # a path depends on the outermost module: it is looked up anew in each context only where rules depend on it
+        self._paths_matter = any(rule.path != "*" for rule in self.policy.rules)
         self._paths = WeakTensorKeyDictionary()
 
     def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -122,34 +122,39 @@ class te_int8_autocast(Route):
 
     def operand(self, t: Any) -> Operand | None:
         if isinstance(t, nn.Parameter):
-            return Operand(t)
-        base = t._base if isinstance(t, Tensor) and not torch.compiler.is_compiling() else None
-        if isinstance(base, nn.Parameter) and t.ndim > 1 and t.data_ptr() == base.data_ptr() and _swapped(t, base):
-            return Operand(t, transposed=True)
-        return None
+            owner, transposed = t, False
+        elif torch.compiler.is_compiling() or not _is_transposed_parameter(t):
+            return None
+        else:
+            owner, transposed = t._base, True
+        if torch.compiler.is_compiling() or not _torch.is_plain(owner):
+            return Operand(t, "", transposed)
+        held = _held.get(owner)
+        if held is None:
+            with _lock:
+                held = _held.setdefault(owner, _Held())
+        return Operand(t, self._path_of(owner, held), transposed, (owner, held))
 
     def path(self, weight: Operand) -> str:
         if torch.compiler.is_compiling():
             self._check_paths()
-            return "?"
-        value = weight.value
-        if isinstance(value, QTensor):
-            return "?"
-        owner = value._base if weight.transposed else value
-        if not isinstance(owner, nn.Parameter):
-            return callsite.line_of_call()
-        path: str | None = self._paths.get(owner)
-        if path is None:
-            path = self._paths[owner] = callsite.path_of(owner)
-        return path
+        return super().path(weight)
 
     def packed(self, weight: Operand, axis: int, granularity: str) -> Operand:
-        if self.training or torch.compiler.is_compiling() or isinstance(weight.value, QTensor):
+        if self.training or weight.held is None:
             return weight
-        owner = weight.value._base if weight.transposed else weight.value
-        if not isinstance(owner, Tensor) or not _cacheable(owner):
-            return weight
-        return weight._replace(value=_cache.get(owner, axis, granularity))
+        owner, held = weight.held
+        return weight._replace(value=held.get(owner, axis, granularity)) if _cacheable(owner) else weight
+
+    def _path_of(self, owner: Tensor, held: _Held) -> str:
+        if self._paths_matter:
+            path: str | None = self._paths.get(owner)
+            if path is None:
+                path = self._paths[owner] = callsite.path_of(owner)
+            return path
+        if held.path is None:
+            held.path = callsite.path_of(owner)
+        return held.path
 
     def _check_paths(self) -> None:
         if any(rule.path != "*" for rule in self.policy.rules):
@@ -167,23 +172,26 @@ class te_int8_autocast(Route):
             >>> te_int8_autocast.cache_info()
             CacheInfo(weights=0, nbytes=0)
         """
-        with _cache.lock:
-            entries = [entry for held in list(_cache.entries.values()) for entry in list(held.values())]
+        with _lock:
+            entries = [entry for held in list(_held.values()) for entry in list(held.packed.values())]
         return CacheInfo(len(entries), sum(entry.packed.nbytes for entry in entries))
 
     @staticmethod
     def cache_clear() -> None:
         """Forget every packed weight."""
-        with _cache.lock:
-            _cache.entries.clear()
+        with _lock:
+            _held.clear()
 
 
-def _swapped(t: Tensor, base: Tensor) -> bool:
+def _is_transposed_parameter(t: Any) -> bool:
+    base = t._base if isinstance(t, Tensor) and t.ndim > 1 else None
+    if not isinstance(base, nn.Parameter) or t.data_ptr() != base.data_ptr():
+        return False
     return t.shape == base.mT.shape and t.stride() == base.mT.stride()
 
 
 def _cacheable(weight: Tensor) -> bool:
     """Whether no gradient is wanted of the weight, and its edits can be noticed."""
-    if not _torch.is_plain(weight) or weight.is_inference() or not _torch.no_dispatch_modes():
+    if weight.is_inference() or not _torch.no_dispatch_modes():
         return False
     return not (torch.is_grad_enabled() and weight.requires_grad) and _torch.forward_ad_level() < 0

@@ -55,7 +55,7 @@ class QTensor:
             raise ValueError(f"QTensor: codes have shape {tuple(self.codes.shape)}; a weight has at least 2 dimensions")
         want = list(self.codes.shape)
         want[self.axis] = 1
-        if list(self.scale.shape) not in (want, [*want[:-2], 1, 1]):
+        if list(self.scale.shape) != want:
             raise ValueError(
                 f"QTensor: scale has shape {tuple(self.scale.shape)} but codes have {tuple(self.codes.shape)} "
                 f"with axis {self.axis}; a scale of shape {tuple(want)} is needed"
@@ -86,8 +86,9 @@ class QTensor:
 
     def rows(self) -> tuple[Tensor, Tensor]:
         """Codes (..., N, K) and scales (..., N), the contracted dimension last."""
-        codes, scale = (self.codes, self.scale) if self.axis == -1 else (self.codes.mT, self.scale.mT)
-        return codes, scale.squeeze(-1).expand(codes.shape[:-1])
+        if self.axis == -1:
+            return self.codes, self.scale.squeeze(-1)
+        return self.codes.mT, self.scale.squeeze(-2)
 
     def dequantize(self) -> Tensor:
         """The weight as floats: ``codes * scale`` in float32, cast to ``dtype``."""

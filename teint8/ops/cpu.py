@@ -1,5 +1,6 @@
 """CPU implementations: oneDNN's INT8 matmul, with rows and epilogues in C where a compiler is at hand, else in torch."""
 
+import math
 import threading
 
 import torch
@@ -13,18 +14,48 @@ _CHUNK = 128  # rows whose int32 sums are held at once: they stay in the L2 cach
 
 
 class _Scratch(threading.local):
-    """One buffer a thread, kept: fresh memory costs more than the arithmetic done in it."""
+    """Buffers of a thread, kept: on a CPU fresh memory costs more than the arithmetic done in it."""
 
-    buffer: Tensor | None = None
+    def __init__(self) -> None:
+        self.buffers: dict[torch.dtype, Tensor] = {}
+        self.views: dict[tuple[int, int, int], tuple[Tensor, Tensor, Tensor]] = {}
 
-    def int32(self, rows: int, columns: int) -> Tensor:
-        if self.buffer is None or self.buffer.numel() < rows * columns:
+    def get(self, rows: int, k: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes (rows, K), scales (rows,) and sums (rows, N) of unspecified content, valid until the next call."""
+        views = self.views.get((rows, k, n))
+        if views is None:
+            shapes = ((torch.int8, (rows, k)), (torch.float32, (rows,)), (torch.int32, (rows, n)))
+            codes, scales, sums = (self._view(dtype, shape) for dtype, shape in shapes)
+            views = self.views[rows, k, n] = codes, scales, sums
+        return views
+
+    def _view(self, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+        size = math.prod(shape)
+        buffer = self.buffers.get(dtype)
+        if buffer is None or buffer.numel() < size or len(self.views) > 256:
+            self.views.clear()  # so that the old buffers go
             with torch.inference_mode(False):
-                self.buffer = torch.empty(rows * columns, dtype=torch.int32)
-        return self.buffer[: rows * columns].view(rows, columns)
+                buffer = self.buffers[dtype] = torch.empty(size, dtype=dtype)
+        return buffer[:size].view(shape)
 
 
 _scratch = _Scratch()
+
+
+def _linear_c(x: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """A chunk of rows at a time: codes and sums stay in the cache, only the result is fresh memory."""
+    (m, k), n = x.shape, wq.shape[0]
+    x, ws, w = (x if x.stride(1) == 1 else x.contiguous()), ws.contiguous(), wq.t()
+    bias = None if bias is None else bias.detach().float().contiguous()
+    y = torch.empty(m, n, dtype=dtype)
+    for i in range(0, m, _CHUNK):
+        rows = min(_CHUNK, m - i)
+        xi, yi = (x, y) if rows == m else (x[i : i + rows], y[i : i + rows])
+        codes, scales, sums = _scratch.get(rows, k, n)
+        cpu_rows.quantize(xi, codes, scales, None, None)
+        torch._int_mm(codes, w, out=sums)
+        cpu_rows.epilogue(sums, scales, ws, bias, yi)
+    return y
 
 
 def _quantize_c(x: Tensor, seed: Tensor | None, scale: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -48,7 +79,7 @@ def _mm_c(xq: Tensor, xs: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None, d
     y = torch.empty(1, m, n, dtype=dtype)
     for i in range(0, m, _CHUNK):
         rows = min(_CHUNK, m - i)
-        sums = torch._int_mm(x[i : i + rows], w, out=_scratch.int32(rows, n))
+        sums = torch._int_mm(x[i : i + rows], w, out=_scratch.get(rows, k, n)[2])
         cpu_rows.epilogue(sums, xs[i : i + rows], ws, bias, y[0, i : i + rows])
     return y
 
@@ -87,6 +118,7 @@ def _float_why_not(problem: Problem) -> str | None:
 
 def register_all() -> None:
     """Register the CPU's implementations."""
+    register("linear", "cpu-onednn-c", _linear_c, device="cpu", priority=20, why_not=_mm_c_why_not)
     register("quantize", "cpu-c", _quantize_c, device="cpu", priority=20, why_not=_quantize_c_why_not)
     register("int8_mm", "cpu-onednn-c", _mm_c, device="cpu", priority=20, why_not=_mm_c_why_not)
     register("int8_mm", "cpu-onednn", _mm_onednn, device="cpu", priority=10, why_not=_onednn_why_not)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from teint8 import _torch, numerics
-from teint8.ops.raw import int8_mm, quantize
+from teint8.ops.raw import fused_linear, int8_mm, quantize
 from teint8.ops.straight import hat, no_second_derivative, unclipped
 from teint8.qtensor import QTensor
 
@@ -217,6 +217,10 @@ def linear(
         w = None
         wq, ws = packed.rows()
         _check(x, wq, packed.dtype, bias, dtype)
+    if activation == "row" and not static and not impl and not _differentiates(x, w, bias):
+        fused = fused_linear(x, wq, ws, bias, dtype or x.dtype)
+        if fused is not None:
+            return fused
     flat = x if wq.ndim > 2 else x.reshape(-1, x.shape[-1])
     y: Tensor = _linear(
         flat, w, bias, wq, ws, activation or "", scale, gradient or "", wgrad, impl, dtype or x.dtype

@@ -78,6 +78,23 @@ def int8_mm(
     return y
 
 
+def fused_linear(x: Tensor, w_codes: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """``quantize`` and ``int8_mm`` in one, where an implementation of "linear" can; else None. For real tensors only.
+
+    Args:
+        x: (..., K), any float dtype. The rest as for ``int8_mm``, with w_codes (N, K).
+    """
+    if w_codes.ndim != 2 or not _direct(x, w_codes, bias) or 0 in x.shape:
+        return None
+    n, k = w_codes.shape
+    m = x.numel() // k
+    implementation = registry.best("linear", Problem(x.device.type, x.dtype, 1, m, n, k))
+    if implementation is None or n == 0:
+        return None
+    y: Tensor = implementation.run(x.reshape(m, k), w_codes, w_scale, bias, dtype)
+    return y.view(*x.shape[:-1], n)
+
+
 def problem_of(x: Tensor, n: int, w_ndim: int) -> Problem:
     """The Problem that ``int8_mm`` of x (..., K) with a weight of n channels poses."""
     batch = x.shape[0] if w_ndim > 2 else 1

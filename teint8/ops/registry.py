@@ -6,6 +6,8 @@ Ops and what their implementations are called with (always these shapes; broadca
               as ``numerics.quantize``, or ``numerics.quantize_static`` where a scale is given.
 ``int8_mm``   ``run(x_codes (B, M, K), x_scale (B, M), w_codes (B, N, K), w_scale (B, N), bias (B, N) | None, dtype) -> (B, M, N)``
               as ``numerics.int8_mm``.
+``linear``    ``run(x (M, K) float, w_codes (N, K), w_scale (N,), bias (N,) | None, dtype) -> (M, N)``
+              optional: both in one, for inference, where a device has something better than one after the other.
 
 No size is 0: empty problems are answered before an implementation is looked for.
 """
@@ -18,7 +20,7 @@ import torch
 
 from teint8 import numerics
 
-OPS = ("quantize", "int8_mm")
+OPS = ("quantize", "int8_mm", "linear")
 
 
 class Problem(NamedTuple):
@@ -37,7 +39,7 @@ class Implementation:
     """One way to run an op.
 
     Attributes:
-        op: "quantize" or "int8_mm".
+        op: "quantize", "int8_mm" or "linear".
         name: what the receipt calls it.
         run: the function; see the module's docstring for its arguments.
         device: torch's device type, or "" for every device.
@@ -54,6 +56,7 @@ class Implementation:
 
 
 _implementations: dict[str, list[Implementation]] = {op: [] for op in OPS}
+_selected: dict[tuple[str, Problem], Implementation | None] = {}  # choices made so far; forgotten when one is registered
 
 
 def register(
@@ -70,7 +73,7 @@ def register(
     It must return the contract's bits: run ``tests/contract.py`` over it.
 
     Args:
-        op: "quantize" or "int8_mm".
+        op: "quantize", "int8_mm" or "linear".
         name: a new name, shown in receipts.
         run: called with the shapes that ``teint8.ops.registry`` documents.
         device: torch's device type ("cuda", "mps", "xpu"), or "" for every device.
@@ -94,6 +97,7 @@ def register(
     added = Implementation(op, name, run, device, priority, why_not)
     others = [i for i in _implementations[op] if i.name != name]
     _implementations[op] = sorted([*others, added], key=lambda i: -i.priority)
+    _selected.clear()
     return added
 
 
@@ -102,16 +106,28 @@ def implementations(op: str) -> tuple[Implementation, ...]:
     return tuple(_implementations[op])
 
 
+def best(op: str, problem: Problem) -> Implementation | None:
+    """The implementation of highest priority that can run ``problem``, or None."""
+    try:
+        return _selected[op, problem]
+    except KeyError:
+        pass
+    usable = (i for i in _implementations[op] if i.priority >= 0 and why_not(i, problem) is None)
+    if len(_selected) > 4096:  # sizes of a program are few; those of a stream of sentences are not
+        _selected.clear()
+    chosen = _selected[op, problem] = next(usable, None)
+    return chosen
+
+
 def select(op: str, problem: Problem, name: str = "") -> Implementation:
-    """The implementation that runs ``problem``: the one asked for by name, else the first that can.
+    """The implementation that runs ``problem``: the one asked for by name, else the best.
 
     Raises:
         ValueError: none of that name, or it cannot run the problem; the message gives its reason.
     """
-    if not name:
-        for implementation in _implementations[op]:
-            if implementation.priority >= 0 and why_not(implementation, problem) is None:
-                return implementation
+    chosen = None if name else best(op, problem)
+    if chosen is not None:
+        return chosen
     for implementation in _implementations[op]:
         if implementation.name == name:
             reason = why_not(implementation, problem)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Receipt:
 
     Example:
         >>> receipt = Receipt()
-        >>> receipt.add(Record("fc.weight", "linear", 32, 10, 64, 1, "cpu-onednn-c"))
+        >>> receipt.add(("fc.weight", "linear", 32, 10, 64, 1, "cpu-onednn-c", ""))
         >>> print(receipt)
         path       op      M   N   K   batch  ran as        calls  reason
         fc.weight  linear  32  10  64  1      cpu-onednn-c  1
@@ -47,16 +48,16 @@ class Receipt:
     """
 
     def __init__(self) -> None:
-        self._calls: dict[Record, int] = {}
+        self._calls: dict[tuple[Any, ...], int] = {}
 
-    def add(self, record: Record) -> None:
-        """Count one call."""
-        self._calls[record] = self._calls.get(record, 0) + 1
+    def add(self, fields: tuple[Any, ...]) -> None:
+        """Count one call, given as the fields of a Record in order, without ``calls``."""
+        self._calls[fields] = self._calls.get(fields, 0) + 1
 
     @property
     def records(self) -> list[Record]:
         """The records, each with its number of calls."""
-        return [dataclasses.replace(record, calls=n) for record, n in list(self._calls.items())]
+        return [Record(*fields, calls=n) for fields, n in list(self._calls.items())]
 
     @property
     def int8_calls(self) -> int:

@@ -24,11 +24,13 @@ class Operand(NamedTuple):
         value: the float tensor in the layout of the call, or the QTensor in its own.
         path: its path in the params, "" where it has none.
         transposed: whether the call sees it with its last two dimensions swapped.
+        held: what a route keeps of it.
     """
 
     value: Tensor | QTensor
     path: str = ""
     transposed: bool = False
+    held: Any = None
 
 
 class Route(TorchFunctionMode):
@@ -129,7 +131,7 @@ class Route(TorchFunctionMode):
         x = shapes.align(x, value)
         impl = "reference" if rule.compute == "simulate" else ""
         if self.receipt is not None and not torch.compiler.is_compiling():
-            self.record(path, op, x, weight, axis, rows, _ran_as(x, value, rule, impl), "")
+            self.record(path, op, x, weight, axis, rows, _ran_as(x, value, rule), "")
         _torch.replay_in_checkpoint(self)
         activation = rule.activation
         y = ops.linear(
@@ -160,11 +162,11 @@ class Route(TorchFunctionMode):
             return
         shape = weight.value.shape
         swapped = weight.transposed and isinstance(weight.value, QTensor)
-        k, n = (shape[-1], shape[-2]) if (axis == -1) != swapped else (shape[-2], shape[-1])
+        n, k = shape[-2:] if (axis == -1) != swapped else shape[:-3:-1]
         n = n if rows is None else len(range(n)[rows])
-        batch = shape[:-2].numel()
-        m = x.numel() // max(k * (x.shape[0] if x.ndim > 2 and batch > 1 else 1), 1)
-        self.receipt.add(Record(path, op, m, n, k, batch, implementation, reason))
+        batch = 1 if len(shape) == 2 else shape[:-2].numel()
+        m = x.numel() // max(k * (x.shape[0] if batch > 1 and x.ndim > 2 else 1), 1)
+        self.receipt.add((path, op, m, n, k, batch, implementation, reason))
 
 
 def _why_float(op: str, rule: Rule | None, x: Any, weight: Operand, axis: int) -> str:
@@ -184,13 +186,15 @@ def _why_float(op: str, rule: Rule | None, x: Any, weight: Operand, axis: int) -
     return shapes.why_not(x, value)
 
 
-def _ran_as(x: Tensor, value: Any, rule: Rule, impl: str) -> str:
+def _ran_as(x: Tensor, value: Any, rule: Rule) -> str:
     """The name of the implementation that ``ops.linear`` will select."""
+    if rule.compute == "simulate":
+        return "reference"
     if rule.activation is None:
         return "dequantized"
-    n, ndim = (value.rows()[0] if isinstance(value, QTensor) else value).shape[-2], value.ndim
-    problem = problem_of(x, n, ndim)._replace(dtype=_autocast_dtype(x) or x.dtype)
-    return ops.select("int8_mm", problem, impl).name
+    n = value.shape[-2] if not isinstance(value, QTensor) or value.axis == -1 else value.shape[-1]
+    problem = problem_of(x, n, value.ndim)
+    return ops.select("int8_mm", problem._replace(dtype=_autocast_dtype(x) or x.dtype)).name
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
