@@ -1,0 +1,86 @@
+"""The transform grid: every transform of every program, eager and compiled, values against independent ones."""
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.func import functional_call
+
+import grid
+
+COMPILED = [name for name in grid.TRANSFORMS if name not in ("grad_grad", "checkpoint")]
+PROGRAMS = ["mlp", "encoder", "function"]
+
+
+def _reference(name: str):
+    """The same program with the STE of plain torch in place of each linear."""
+    if name == "function":
+
+        def plain(p, x):
+            (l0, l1), head = p["layers"], p["head"]
+            h = torch.tanh(grid.ste_linear(x, l0["w"].t(), l0["b"]))
+            return grid.ste_linear(torch.tanh(grid.ste_linear(h, l1["w"], l1["b"])), head)
+
+        return plain
+
+    def mlp(p, x):
+        return grid.ste_linear(F.gelu(grid.ste_linear(x, p["0.weight"], p["0.bias"])), p["2.weight"], p["2.bias"])
+
+    return mlp
+
+
+@pytest.mark.parametrize("transform", grid.TRANSFORMS)
+@pytest.mark.parametrize("program", ["mlp", "function"])
+def test_eager_equals_detach_ste_in_float64(program: str, transform: str, device: str) -> None:
+    qfn, params, x = grid.programs(program, device=device)
+    double = lambda tree: torch.utils._pytree.tree_map(lambda t: t.double(), tree)
+    params, x = double(params), x.double()
+    run = grid.TRANSFORMS[transform]
+    if program == "mlp":
+        qfn.__wrapped__.double()
+    got, want = run(qfn, params, x), run(_reference(program), params, x)
+    # forward is float32 by the contract, derivatives are float64
+    assert grid.relative_error(got, want) < 2e-6
+    assert all(float(t.norm()) > 0 for t in torch.utils._pytree.tree_leaves(got))
+
+
+@pytest.mark.parametrize("transform", grid.TRANSFORMS)
+def test_encoder_eager_equals_unfused_ste(transform: str, device: str) -> None:
+    """The encoder against the same encoder whose INT8 linears are replaced, inside the same routing, by the plain STE."""
+    from teint8 import ops
+    from teint8.transforms import route
+
+    qfn, params, x = grid.programs("encoder", device=device)
+    run = grid.TRANSFORMS[transform]
+    got = run(qfn, params, x)
+
+    class Plain:
+        select = staticmethod(ops.select)
+
+        @staticmethod
+        def linear(x, w, bias=None, **_):
+            return grid.ste_linear(x, w, bias)
+
+    original, route.ops = route.ops, Plain
+    try:
+        want = run(qfn, params, x)
+    finally:
+        route.ops = original
+    # a code that flips by rounding noise in what comes before it moves the result by a step of the grid
+    assert grid.relative_error(got, want) < 2e-2
+    assert all(float(t.norm()) > 0 for t in torch.utils._pytree.tree_leaves(got))
+
+
+@pytest.mark.parametrize("transform", COMPILED)
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_compiled_equals_eager(program: str, transform: str, device: str) -> None:
+    qfn, params, x = grid.programs(program, device=device)
+    run = grid.TRANSFORMS[transform]
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        got = torch.compile(lambda p, x: run(qfn, p, x), fullgraph=True)(params, x)
+    want = run(qfn, params, x)
+    assert grid.relative_error(got, want) < 1e-5
+    assert all(float(t.norm()) > 0 for t in torch.utils._pytree.tree_leaves(got))
