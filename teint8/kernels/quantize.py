@@ -16,64 +16,68 @@ def _mix32(h):
 
 
 @triton.jit
-def _codes(x, multiplier, key, column, STOCHASTIC: tl.constexpr):
-    v = x * multiplier
+def _codes(x, usable, multiplier, key, columns, STOCHASTIC: tl.constexpr):
+    v = tl.where(usable, x, 0.0) * multiplier
     if STOCHASTIC:
-        noise = (_mix32(key + column.to(tl.uint32) * 0x9E3779B9) >> 8).to(tl.float32) * 5.9604644775390625e-08
+        noise = (_mix32(key + columns.to(tl.uint32) * 0x9E3779B9) >> 8).to(tl.float32) * 5.9604644775390625e-08
         v = tl.floor(v + noise)
     v = tl.minimum(tl.maximum(v, -127.0), 127.0)
     # the low byte of v + 1.5 * 2^23 is rint(v), ties to even; launched without FMA contraction, which would round once
-    return (v + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
+    codes = (v + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
+    return tl.where(multiplier != 0, codes, 0).to(tl.int8)
 
 
 @triton.jit
 def _quantize_kernel(
-    x_ptr, codes_ptr, scale_ptr, seed_ptr, given_ptr, K, stride_xm, rows_per_seed,
-    STOCHASTIC: tl.constexpr, STATIC: tl.constexpr, BLOCK_K: tl.constexpr, ONE_BLOCK: tl.constexpr,
+    x_ptr, codes_ptr, scale_ptr, seed_ptr, given_ptr, M, K, stride_xm, rows_per_seed,
+    STOCHASTIC: tl.constexpr, STATIC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, ONE_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    x_ptr += row * stride_xm
-    codes_ptr += row * K
-    column = tl.arange(0, BLOCK_K)
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    in_m = rows < M
+    columns = tl.arange(0, BLOCK_K)[None, :]
+    x_ptrs = x_ptr + rows[:, None] * stride_xm + columns
+    codes_ptrs = codes_ptr + rows[:, None] * K + columns
+    # absmax by its bits: a NaN is above infinity, which is above every number
     if ONE_BLOCK:
-        x = tl.load(x_ptr + column, mask=column < K, other=0.0).to(tl.float32)
-        # absmax by its bits: a NaN is above infinity, which is above every number
-        top = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
+        x = tl.load(x_ptrs, mask=in_m[:, None] & (columns < K), other=0.0).to(tl.float32)
+        top = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
     else:
-        tops = tl.zeros((BLOCK_K,), tl.int32)
+        tops = tl.zeros((BLOCK_M, BLOCK_K), tl.int32)
         for k in range(0, K, BLOCK_K):
-            x = tl.load(x_ptr + k + column, mask=k + column < K, other=0.0).to(tl.float32)
+            x = tl.load(x_ptrs + k, mask=in_m[:, None] & (k + columns < K), other=0.0).to(tl.float32)
             tops = tl.maximum(tops, x.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
-        top = tl.max(tops, 0)
+        top = tl.max(tops, 1)
     absmax = top.to(tl.float32, bitcast=True)
     finite = top < 0x7F800000
     if STATIC:
-        given = tl.load(given_ptr + row)
+        given = tl.load(given_ptr + rows, mask=in_m, other=1.0)
         usable = finite & (given > 0)
         scale = tl.where(usable | (given == 0), given, float("nan"))
-        multiplier = tl.where(usable, tl.div_rn(1.0, tl.where(usable, given, 1.0)), 0.0)
+        divisor = tl.where(usable, given, 1.0)
+        quotient = tl.div_rn(tl.full((BLOCK_M,), 1.0, tl.float32), divisor)
     else:
         usable = finite & (absmax >= 7.888609052210118e-31)  # 2^-100
-        safe = tl.where(usable, absmax, 127.0)
-        scale = tl.where(usable, tl.div_rn(safe, 127.0), tl.where(finite, 0.0, float("nan")))
-        multiplier = tl.where(usable, tl.div_rn(127.0, safe), 0.0)
-    tl.store(scale_ptr + row, scale)
-    key = tl.zeros((), tl.uint32)
+        divisor = tl.where(usable, absmax, 127.0)
+        quotient = tl.div_rn(tl.full((BLOCK_M,), 127.0, tl.float32), divisor)
+        ratio = tl.div_rn(divisor, tl.full((BLOCK_M,), 127.0, tl.float32))
+        scale = tl.where(usable, ratio, tl.where(finite, 0.0, float("nan")))
+    multiplier = tl.where(usable, quotient, 0.0)[:, None]
+    tl.store(scale_ptr + rows, scale, mask=in_m)
+    key = tl.zeros((BLOCK_M, 1), tl.uint32)
     if STOCHASTIC:
-        seed = tl.load(seed_ptr + row // rows_per_seed)
+        seed = tl.load(seed_ptr + rows // rows_per_seed, mask=in_m, other=0)
         low = (seed & 0xFFFFFFFF).to(tl.uint32)
         high = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
-        key = _mix32(_mix32(_mix32(low) ^ high) ^ (row % rows_per_seed).to(tl.uint32))
+        key = _mix32(_mix32(_mix32(low) ^ high) ^ (rows % rows_per_seed).to(tl.uint32))[:, None]
+    usable = usable[:, None]
     if ONE_BLOCK:
-        x = tl.where(usable, x, 0.0)
-        q = tl.where(multiplier != 0, _codes(x, multiplier, key, column, STOCHASTIC), 0)
-        tl.store(codes_ptr + column, q.to(tl.int8), mask=column < K)
+        q = _codes(x, usable, multiplier, key, columns, STOCHASTIC)
+        tl.store(codes_ptrs, q, mask=in_m[:, None] & (columns < K))
     else:
         for k in range(0, K, BLOCK_K):
-            x = tl.load(x_ptr + k + column, mask=k + column < K, other=0.0).to(tl.float32)
-            x = tl.where(usable, x, 0.0)
-            q = tl.where(multiplier != 0, _codes(x, multiplier, key, k + column, STOCHASTIC), 0)
-            tl.store(codes_ptr + k + column, q.to(tl.int8), mask=k + column < K)
+            inside = in_m[:, None] & (k + columns < K)
+            x = tl.load(x_ptrs + k, mask=inside, other=0.0).to(tl.float32)
+            tl.store(codes_ptrs + k, _codes(x, usable, multiplier, key, k + columns, STOCHASTIC), mask=inside)
 
 
 def quantize(x: Tensor, seed: Tensor | None, scale: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -85,12 +89,16 @@ def quantize(x: Tensor, seed: Tensor | None, scale: Tensor | None) -> tuple[Tens
         x = x.contiguous()
     codes = torch.empty((m, k), dtype=torch.int8, device=x.device)
     scales = torch.empty((m,), dtype=torch.float32, device=x.device)
-    block = min(triton.next_power_of_2(k), _MAX_BLOCK)
+    block_k = min(triton.next_power_of_2(k), _MAX_BLOCK)
+    # short rows share a program; the interpreter's cost is that of its programs
+    block_m = max((4096 if x.is_cuda else 65536) // block_k, 1)
+    block_m = min(block_m, triton.next_power_of_2(m))
     with torch.cuda.device_of(x):
-        _quantize_kernel[(m,)](
+        _quantize_kernel[(triton.cdiv(m, block_m),)](
             x, codes, scales, codes if seed is None else seed.contiguous(), scales if scale is None else scale.contiguous(),
-            k, x.stride(0), 1 if seed is None else m // seed.numel(),
-            STOCHASTIC=seed is not None, STATIC=scale is not None, BLOCK_K=block, ONE_BLOCK=k <= block,
-            num_warps=min(max(block // 1024, 1), 8), enable_fp_fusion=False,
+            m, k, x.stride(0), 1 if seed is None else m // seed.numel(),
+            STOCHASTIC=seed is not None, STATIC=scale is not None,
+            BLOCK_M=block_m, BLOCK_K=block_k, ONE_BLOCK=k <= block_k,
+            num_warps=min(max(block_m * block_k // 1024, 1), 8), enable_fp_fusion=False,
         )  # fmt: skip
     return codes, scales

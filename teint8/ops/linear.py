@@ -221,7 +221,7 @@ def linear(
         fused = fused_linear(x, wq, ws, bias, dtype or x.dtype)
         if fused is not None:
             return fused
-    flat = x if wq.ndim > 2 else x.reshape(-1, x.shape[-1])
+    flat = x if wq.ndim > 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
     y: Tensor = _linear(
         flat, w, bias, wq, ws, activation or "", scale, gradient or "", wgrad, impl, dtype or x.dtype
     )
