@@ -1,0 +1,86 @@
+"""What every benchmark shares: timing, a table of ratios, and a JSON file with device, versions and date."""
+
+import datetime
+import json
+import pathlib
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+
+
+def milliseconds(run: Callable[[], Any], seconds: float = 0.4) -> float:
+    """Median time of one call, after a warm-up; on a GPU by events, back to back, so that the card is at its sustained clocks."""
+    for _ in range(3):
+        run()
+    if torch.cuda.is_available():
+        return _on_gpu(run, seconds)
+    times: list[float] = []
+    while sum(times) < seconds or len(times) < 5:
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times) * 1e3
+
+
+def _on_gpu(run: Callable[[], Any], seconds: float) -> float:
+    torch.cuda.synchronize()
+    times: list[float] = []
+    start = time.perf_counter()
+    while time.perf_counter() - start < seconds or len(times) < 3:
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        for _ in range(8):
+            run()
+        last.record()
+        torch.cuda.synchronize()
+        times.append(first.elapsed_time(last) / 8)
+    return statistics.median(times)
+
+
+def alternating(runs: dict[str, Callable[[], Any]], rounds: int = 3, seconds: float = 0.3) -> dict[str, float]:
+    """Median over rounds that alternate between the runs: what drifts drifts for all."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            times[name].append(milliseconds(run, seconds))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def environment() -> dict[str, Any]:
+    """Device, versions and date."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "device": gpu or _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows of the same keys as text."""
+    cells = [list(rows[0]), *[[f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join("  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in cells)
+
+
+def save(name: str, rows: list[dict[str, Any]], folder: pathlib.Path = RESULTS) -> None:
+    """Print the table and write ``folder/name.json``."""
+    print(table(rows), flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps({**environment(), "rows": rows}, indent=1) + "\n")
