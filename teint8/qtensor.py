@@ -11,8 +11,6 @@ from torch import Tensor
 
 from teint8 import numerics
 
-_LEAVES = ("codes", "scale", "activation_scale")
-
 
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class QTensor:
@@ -143,26 +141,34 @@ class QTensor:
         return f"QTensor({size}, {self.dtype} as int8, axis={self.axis}, device={self.device}, {self.nbytes} bytes{static})"
 
 
-def _flatten(q: QTensor) -> tuple[list[Any], tuple[torch.dtype, int]]:
-    return [q.codes, q.scale, q.activation_scale], (q.dtype, q.axis)
+_Aux = tuple[torch.dtype, int]
 
 
-def _unflatten(leaves: Iterable[Any], aux: tuple[torch.dtype, int]) -> QTensor:
-    return QTensor(*leaves, *aux)
+def _names(q: QTensor) -> tuple[str, ...]:
+    return ("codes", "scale") if q.activation_scale is None else ("codes", "scale", "activation_scale")
+
+
+def _flatten(q: QTensor) -> tuple[list[Any], _Aux]:
+    return [getattr(q, name) for name in _names(q)], (q.dtype, q.axis)
+
+
+def _unflatten(leaves: Iterable[Any], aux: _Aux) -> QTensor:
+    codes, scale, *static = leaves
+    return QTensor(codes, scale, static[0] if static else None, *aux)
 
 
 torch_pytree.register_pytree_node(
     QTensor,
     _flatten,
     _unflatten,
-    flatten_with_keys_fn=lambda q: ([(torch_pytree.GetAttrKey(k), getattr(q, k)) for k in _LEAVES], (q.dtype, q.axis)),
+    flatten_with_keys_fn=lambda q: ([(torch_pytree.GetAttrKey(name), getattr(q, name)) for name in _names(q)], (q.dtype, q.axis)),
     serialized_type_name="teint8.QTensor",
     to_dumpable_context=lambda aux: [str(aux[0]).removeprefix("torch."), aux[1]],
     from_dumpable_context=lambda aux: (getattr(torch, aux[0]), aux[1]),
 )
 optree.register_pytree_node(
     QTensor,
-    lambda q: (*_flatten(q), _LEAVES),  # type: ignore[arg-type]
+    lambda q: (*_flatten(q), _names(q)),  # type: ignore[arg-type]
     lambda aux, leaves: _unflatten(leaves, aux),  # type: ignore[arg-type]
     namespace=optree.registry.__GLOBAL_NAMESPACE,
 )

@@ -13,17 +13,15 @@ from teint8.qtensor import QTensor
 from teint8.transforms.receipt import Receipt
 from teint8.transforms.route import Operand, Route
 
-_GETTERS = {
-    Tensor.shape.__get__: None,  # type: ignore[attr-defined]
-    Tensor.device.__get__: None,  # type: ignore[attr-defined]
-    Tensor.ndim.__get__: None,  # type: ignore[attr-defined]
-    Tensor.size: None,
-    Tensor.dim: None,
-    Tensor.numel: None,
-}
-"""What codes answer as the weight itself does."""
-
 _TRANSPOSES = {torch.t, Tensor.t, Tensor.T.__get__, Tensor.mT.__get__, torch.transpose, Tensor.transpose}  # type: ignore[attr-defined]
+_VALUES = {*_TRANSPOSES, Tensor.H.__get__, Tensor.mH.__get__, Tensor.data.__get__, Tensor.real.__get__, Tensor.imag.__get__}  # type: ignore[attr-defined]
+_DTYPE = Tensor.dtype.__get__  # type: ignore[attr-defined]
+_SHAPES = {Tensor.size, Tensor.dim, Tensor.numel, Tensor.ndimension, Tensor.stride, Tensor.is_contiguous}
+
+
+def _looks(func: Any) -> bool:
+    """Whether a call looks at a tensor without its values: codes answer it as the weight does, but for its dtype."""
+    return func in _SHAPES or (getattr(func, "__name__", "") == "__get__" and func not in _VALUES)
 
 
 class BoundRoute(Route):
@@ -64,13 +62,10 @@ class BoundRoute(Route):
                 value = first.value if isinstance(first.value, QTensor) else result
                 self.known[result] = Operand(value, first.path, not first.transposed)
                 return result
-        if not self.packed_leaves:
-            return func(*args, **kwargs)
-        if first is not None and isinstance(first.value, QTensor):
-            if func in _GETTERS:
-                return func(*args, **kwargs)
-            if func is Tensor.dtype.__get__:  # type: ignore[attr-defined]
-                return first.value.dtype
+        if not self.packed_leaves or (first is not None and _looks(func)):
+            packed = first is not None and isinstance(first.value, QTensor)
+            # method wrappers are made anew at each access: they are equal, not the same
+            return first.value.dtype if packed and func == _DTYPE else func(*args, **kwargs)  # type: ignore[union-attr]
         return func(*self.plain(args), **self.plain(kwargs))
 
     def plain(self, args: Any) -> Any:
