@@ -8,6 +8,7 @@ import torch
 import torch.utils._pytree as torch_pytree
 import torch.utils.checkpoint
 from torch import Tensor
+from torch._functorch import eager_transforms
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 
@@ -90,3 +91,21 @@ def fake_mode_of(*trees: Any) -> Any:
     """The FakeTensorMode of a tree that ``to_fake`` made."""
     fakes = [leaf for leaf in torch_pytree.tree_leaves(trees) if isinstance(leaf, FakeTensor)]
     return fakes[0].fake_mode
+
+
+def marks_differentiable() -> bool:
+    """Whether the pytree being flattened is what torch.func.grad, vjp or jacrev is about to differentiate by.
+
+    They go over that tree, and no other, with ``tree_map_``; torch's own error for INT8 leaves names neither them nor a fix.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    frame = sys._getframe(1)
+    for _ in range(8):
+        caller = frame.f_back
+        if caller is None:
+            return False
+        if frame.f_code is torch_pytree.tree_map_.__code__:
+            return caller.f_code.co_filename == eager_transforms.__file__
+        frame = caller
+    return False

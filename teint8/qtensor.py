@@ -9,7 +9,7 @@ import torch
 import torch.utils._pytree as torch_pytree
 from torch import Tensor
 
-from teint8 import numerics
+from teint8 import _torch, numerics
 
 
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
@@ -26,8 +26,10 @@ class QTensor:
     A transform may add leading dimensions to codes and scale (a stack of models under ``torch.vmap``); ``axis`` counts
     from the end, so that they do not matter.
 
+        checked: False skips the checks of a constructor, as rebuilding a pytree must.
+
     Raises:
-        TypeError: a field of another type or dtype. ValueError: a scale whose shape does not fit the codes.
+        TypeError: codes or scale of another dtype. ValueError: a scale whose shape does not fit the codes.
 
     Example:
         >>> q = QTensor.quantize(torch.tensor([[1.0, -2.0], [0.0, 0.5]]))
@@ -42,11 +44,16 @@ class QTensor:
     activation_scale: Tensor | None = None
     dtype: torch.dtype = torch.float32
     axis: int = -1
+    checked: dataclasses.InitVar[bool] = True
 
-    def __post_init__(self) -> None:
-        # a transform may rebuild the node with placeholders in place of tensors, which are not looked into
-        if not (isinstance(self.codes, Tensor) and isinstance(self.scale, Tensor)):
+    def __post_init__(self, checked: bool) -> None:
+        if not checked:  # a pytree is rebuilt: with placeholders, gradients, other dtypes in place of the tensors
             return
+        if self.codes.dtype != torch.int8 or self.scale.dtype != torch.float32:
+            raise TypeError(
+                f"QTensor: codes are {self.codes.dtype} and scale is {self.scale.dtype}; int8 codes and a float32 scale are needed "
+                "(QTensor.quantize makes them from a float weight)"
+            )
         if self.axis not in (-1, -2):
             raise ValueError(f"QTensor: axis is {self.axis!r}; it is -1 for a weight (..., N, K) or -2 for (..., K, N)")
         if self.codes.ndim < 2:
@@ -149,12 +156,17 @@ def _names(q: QTensor) -> tuple[str, ...]:
 
 
 def _flatten(q: QTensor) -> tuple[list[Any], _Aux]:
+    if _torch.marks_differentiable():
+        raise TypeError(
+            f"{q!r} is packed, and INT8 codes have no gradient; differentiate by the float parameters (teint8.unpack gives them back), "
+            "or by other arguments: torch.func.grad(f, argnums=...)"
+        )
     return [getattr(q, name) for name in _names(q)], (q.dtype, q.axis)
 
 
 def _unflatten(leaves: Iterable[Any], aux: _Aux) -> QTensor:
     codes, scale, *static = leaves
-    return QTensor(codes, scale, static[0] if static else None, *aux)
+    return QTensor(codes, scale, static[0] if static else None, *aux, checked=False)
 
 
 torch_pytree.register_pytree_node(
