@@ -1,6 +1,4 @@
 """teint8 under the name of its distribution: ``from transformer_engine_int8 import te_int8_autocast``."""
 
 from teint8 import *  # noqa: F403
-from teint8 import __all__, __version__
-
-__all__ = [*__all__, "__version__"]  # noqa: PLE0604
+from teint8 import __all__ as __all__

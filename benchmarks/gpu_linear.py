@@ -14,7 +14,14 @@ import teint8
 from teint8 import ops
 from teint8.kernels.int8_mm import Config, int8_mm
 
-GEMMS = ((8192, 8192, 8192), (16384, 14336, 4096), (16384, 4096, 14336), (4096, 4096, 4096), (2048, 4096, 4096), (512, 4096, 4096))
+GEMMS = (
+    (8192, 8192, 8192),
+    (16384, 14336, 4096),
+    (16384, 4096, 14336),
+    (4096, 4096, 4096),
+    (2048, 4096, 4096),
+    (512, 4096, 4096),
+)
 SMALL = ((128, 4096, 4096), (16, 4096, 4096), (1, 4096, 4096))
 CANDIDATES = [
     Config(bm, bn, bk, warps, stages)
@@ -37,7 +44,10 @@ def gemm_rows() -> list[dict[str, object]]:
     for m, n, k in (*GEMMS, *SMALL):
         x, w, xq, xs, wq, ws = operands(m, n, k)
         head = slice(0, min(m, 256))
-        got, want = ops.int8_mm(xq, xs, wq, ws, None, x.dtype), ops.int8_mm(xq[head], xs[head], wq, ws, None, x.dtype, "reference")
+        got, want = (
+            ops.int8_mm(xq, xs, wq, ws, None, x.dtype),
+            ops.int8_mm(xq[head], xs[head], wq, ws, None, x.dtype, "reference"),
+        )
         wrong = int((got[head] != want).sum())
         assert wrong == 0, f"{wrong} elements differ from the contract at {(m, n, k)}"
         runs = {

@@ -1,12 +1,11 @@
 """teint8: INT8 training and inference for PyTorch as a function transform."""
 
 from teint8 import numerics, ops
+from teint8._version import __version__
 from teint8.autocast import te_int8_autocast
 from teint8.policy import Policy, Quant, Rule
 from teint8.qtensor import QTensor
 from teint8.transforms import Receipt, Record, explain, pack, quantize, unpack
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Policy",
@@ -15,6 +14,7 @@ __all__ = [
     "Receipt",
     "Record",
     "Rule",
+    "__version__",
     "explain",
     "numerics",
     "ops",

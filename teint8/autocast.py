@@ -84,11 +84,10 @@ class te_int8_autocast(Route):
         ...     y = model(torch.ones(8, 64))
         >>> [(r.path, r.int8) for r in ctx.receipt]
         [('weight', True)]
+
     """
 
-    def __init__(
-        self, training: bool = True, *, policy: Policy | None = None, enabled: bool = True, strict: bool = False
-    ) -> None:
+    def __init__(self, training: bool = True, *, policy: Policy | None = None, enabled: bool = True, strict: bool = False) -> None:
         for name, value in (("training", training), ("enabled", enabled), ("strict", strict)):
             if not isinstance(value, bool):
                 hint = "; as a decorator write @te_int8_autocast()" if callable(value) else ""
@@ -171,6 +170,7 @@ class te_int8_autocast(Route):
             >>> te_int8_autocast.cache_clear()
             >>> te_int8_autocast.cache_info()
             CacheInfo(weights=0, nbytes=0)
+
         """
         with _lock:
             entries = [entry for held in list(_held.values()) for entry in list(held.packed.values())]
@@ -187,7 +187,7 @@ def _is_transposed_parameter(t: Any) -> bool:
     base = t._base if isinstance(t, Tensor) and t.ndim > 1 else None
     if not isinstance(base, nn.Parameter) or t.data_ptr() != base.data_ptr():
         return False
-    return t.shape == base.mT.shape and t.stride() == base.mT.stride()
+    return bool(t.shape == base.mT.shape and t.stride() == base.mT.stride())
 
 
 def _cacheable(weight: Tensor) -> bool:

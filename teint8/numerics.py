@@ -57,6 +57,7 @@ def codes_of(x: Tensor, multiplier: Tensor, noise: Tensor | None = None) -> Tens
         x: values (..., K), any float dtype.
         multiplier: float32 (...), one for each group; 0 marks a group whose codes are 0 by definition.
         noise: float32 (..., K) or None.
+
     """
     scaled = x.float() * multiplier.unsqueeze(-1)
     rounded = scaled.round() if noise is None else (scaled + noise).floor()
@@ -79,6 +80,7 @@ def quantize(x: Tensor, seed: Tensor | None = None) -> tuple[Tensor, Tensor]:
         >>> codes, scale = quantize(torch.tensor([[1.0, -2.0, 0.5]]))
         >>> codes.tolist(), round(scale.item(), 6)
         ([[64, -127, 32]], 0.015748)
+
     """
     a = absmax(x)
     noise = None if seed is None else uniform(x.shape[0], x.shape[1], seed)
@@ -90,6 +92,7 @@ def quantize_static(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         int8 codes (M, K) and float32 scales (M,): the given ones, NaN where the row holds a NaN or an infinity.
+
     """
     valid = (scale > 0) & absmax(x).isfinite()
     multiplier = torch.where(valid, torch.ones_like(scale) / torch.where(valid, scale, 1.0), 0.0)
@@ -123,6 +126,7 @@ def int8_mm(
         w_codes: int8 (B, N, K). w_scale: float32 (B, N).
         bias: (B, N), any float dtype, or None.
         dtype: of the result (B, M, N); cast once, at the end.
+
     """
     acc = (x_codes.double() @ w_codes.double().mT).float()
     y = (acc * w_scale.unsqueeze(-2)) * x_scale.unsqueeze(-1)

@@ -30,6 +30,7 @@ class Quant:
     Example:
         >>> Quant(rounding="stochastic")
         Quant(rounding='stochastic')
+
     """
 
     granularity: Literal["row", "tensor"] = "row"
@@ -66,6 +67,7 @@ class Rule:
     Example:
         >>> Rule("*.lm_head.*", weight=None)
         Rule('*.lm_head.*', weight=None)
+
     """
 
     path: str = "*"
@@ -97,9 +99,7 @@ class Rule:
                 raise ValueError(f"Rule: {field}=Quant(scale='static') has no meaning; only activations have static scales")
         for field, value in (("weight", self.weight), ("activation", self.activation)):
             if value is not None and value.rounding == "stochastic":
-                raise ValueError(
-                    f"Rule: {field}=Quant(rounding='stochastic') would break train = serve; only gradients are rounded so"
-                )
+                raise ValueError(f"Rule: {field}=Quant(rounding='stochastic') would break train = serve; only gradients are rounded so")
         if self.gradient is not None and self.gradient.granularity != "row":
             raise ValueError(f"Rule: gradient={self.gradient!r}; gradients are quantized by row: Quant(granularity='row')")
         if self.gradient is not None and self.activation is None:
@@ -126,6 +126,7 @@ class Policy:
         ])
         >>> policy.match("layers.0.out_proj.weight", "linear")
         Rule('*.out_proj.*', weight=None)
+
     """
 
     rules: tuple[Rule, ...]
@@ -180,6 +181,7 @@ class Policy:
 
         Raises:
             ValueError: an unknown name; the message lists the known ones.
+
         """
         presets = ("qat", "training", "switchback", "weight_only", "simulate")
         _one_of("Policy.preset", "name", name, presets)
@@ -198,6 +200,7 @@ def glob(pattern: str, path: str) -> bool:
     Example:
         >>> glob("encoder.*.weight", "encoder.layers.0.linear1.weight"), glob("head", "head.bias")
         (True, False)
+
     """
     first, *rest = pattern.split("*")
     if not rest:

@@ -37,6 +37,7 @@ class QTensor:
         QTensor(2x2, torch.float32 as int8, axis=-1, device=cpu, 12 bytes)
         >>> q.codes.tolist()
         [[64, -127], [0, 127]]
+
     """
 
     codes: Tensor
@@ -74,6 +75,7 @@ class QTensor:
             weight: (..., N, K) with axis -1 or (..., K, N) with axis -2, any float dtype.
             axis: the contracted dimension.
             granularity: "row" for a scale for each output channel, "tensor" for one in all.
+
         """
         if not weight.is_floating_point():
             raise TypeError(f"QTensor.quantize: weight has dtype {weight.dtype}; a float weight is needed")
@@ -109,6 +111,7 @@ class QTensor:
             >>> q = QTensor.quantize(torch.eye(2)).with_activation_scale(0.02)
             >>> q.activation_scale
             tensor(0.0200)
+
         """
         value = torch.as_tensor(scale, dtype=torch.float32, device=self.codes.device)
         if value.numel() != 1 or not bool(value > 0) or not bool(value.isfinite()):
@@ -138,7 +141,7 @@ class QTensor:
     def to(self, device: torch.device | str) -> "QTensor":
         """The same weight on another device."""
         moved = (None if t is None else t.to(device) for t in (self.codes, self.scale, self.activation_scale))
-        return QTensor(*moved, self.dtype, self.axis)  # type: ignore[arg-type]
+        return QTensor(*moved, self.dtype, self.axis)  # type: ignore[arg-type,call-arg]
 
     def __repr__(self) -> str:
         if not isinstance(self.codes, Tensor):
@@ -173,15 +176,18 @@ torch_pytree.register_pytree_node(
     QTensor,
     _flatten,
     _unflatten,
-    flatten_with_keys_fn=lambda q: ([(torch_pytree.GetAttrKey(name), getattr(q, name)) for name in _names(q)], (q.dtype, q.axis)),
+    flatten_with_keys_fn=lambda q: (
+        [(torch_pytree.GetAttrKey(name), getattr(q, name)) for name in _names(q)],
+        (q.dtype, q.axis),
+    ),
     serialized_type_name="teint8.QTensor",
     to_dumpable_context=lambda aux: [str(aux[0]).removeprefix("torch."), aux[1]],
     from_dumpable_context=lambda aux: (getattr(torch, aux[0]), aux[1]),
 )
 optree.register_pytree_node(
-    QTensor,
+    QTensor,  # type: ignore[arg-type]
     lambda q: (*_flatten(q), _names(q)),  # type: ignore[arg-type]
-    lambda aux, leaves: _unflatten(leaves, aux),  # type: ignore[arg-type]
+    lambda aux, leaves: _unflatten(leaves, aux),  # type: ignore[arg-type,return-value]
     namespace=optree.registry.__GLOBAL_NAMESPACE,
 )
 torch.serialization.add_safe_globals([QTensor])

@@ -63,8 +63,8 @@ def values(case: Case, rows: int, generator: torch.Generator) -> Tensor:
         return x.mT.contiguous().mT
     if case.strides == "sliced":
         wide = torch.full((case.batch, rows, 2 * case.k + 3), float("nan"), dtype=x.dtype)
-        wide[..., 3 :: 2][..., : case.k] = x
-        return wide[..., 3 :: 2][..., : case.k]
+        wide[..., 3::2][..., : case.k] = x
+        return wide[..., 3::2][..., : case.k]
     if case.strides == "expanded":
         return x[:, :1].expand(shape) if rows else x
     if case.strides == "offset":
@@ -109,7 +109,6 @@ def check(case: Case, device: str, names: tuple[str, ...]) -> None:
 
 
 def _usable(op: str, names: tuple[str, ...], case: Case, device: str) -> list[str]:
-    k = case.k if op == "int8_mm" else case.k
-    problem = registry.Problem(device, case.dtype, case.batch if op == "int8_mm" else 1, case.m, case.n, k)
+    problem = registry.Problem(device, case.dtype, case.batch if op == "int8_mm" else 1, case.m, case.n, case.k)
     found = [i for i in registry.implementations(op) if i.name in names]
     return [i.name for i in found if registry.why_not(i, problem) is None]

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
-from torch.func import functional_call, grad, grad_and_value, jacrev, jvp, vmap
+from torch.func import grad, grad_and_value, jacrev, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 
 import teint8

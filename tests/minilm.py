@@ -35,7 +35,7 @@ def sentences(count: int = 200) -> list[str]:
     """Sentences of the standard library's language reference: real English, nothing to install."""
     text = " ".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
     text = re.sub(r"\s+", " ", re.sub(r"[*\"`]", "", text))
-    found = [s for s in re.findall(r"[A-Z][a-z][a-z ,'()-]{40,160}\.", text)]
+    found = re.findall(r"[A-Z][a-z][a-z ,'()-]{40,160}\.", text)
     return list(dict.fromkeys(found))[:count]
 
 

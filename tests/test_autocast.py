@@ -293,7 +293,7 @@ def test_threads_with_policies_of_their_own() -> None:
         thread.join()
     assert not wrong
     alive = [weakref.ref(p) for p in model.parameters()]
-    del model
+    model = None
     gc.collect()
     assert not any(ref() is not None for ref in alive)
 

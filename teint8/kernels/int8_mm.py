@@ -60,7 +60,7 @@ def _int8_mm_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     if WIDE:
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.int64)
-    for i in range(0, tl.cdiv(K, BLOCK_K)):
+    for i in range(tl.cdiv(K, BLOCK_K)):
         if EVEN_K:
             x = tl.load(x_ptrs)
             w = tl.load(w_ptrs)

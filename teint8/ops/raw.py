@@ -43,6 +43,7 @@ def quantize(
         >>> codes, scale = quantize(torch.tensor([[1.0, -2.0], [0.0, 0.0]]))
         >>> codes.tolist(), scale.shape
         ([[64, -127], [0, 0]], torch.Size([2]))
+
     """
     op = _quantize if _direct(x, seed, scale) else torch.ops.teint8.quantize
     codes, scales = op(x, seed, scale, group_dims, impl)
@@ -72,6 +73,7 @@ def int8_mm(
 
     Returns:
         (..., N) or (B, M, N).
+
     """
     op = _int8_mm if _direct(x_codes, x_scale, w_codes, w_scale, bias) else torch.ops.teint8.int8_mm
     y: Tensor = op(x_codes, x_scale, w_codes, w_scale, bias, dtype, impl)
@@ -83,6 +85,7 @@ def fused_linear(x: Tensor, w_codes: Tensor, w_scale: Tensor, bias: Tensor | Non
 
     Args:
         x: (..., K), any float dtype. The rest as for ``int8_mm``, with w_codes (N, K).
+
     """
     if w_codes.ndim != 2 or not _direct(x, w_codes, bias) or 0 in x.shape:
         return None
@@ -141,7 +144,7 @@ def _int8_mm(
         return y.to(dtype)
     x3 = x_codes.reshape(batch, -1, k)
     problem = Problem(x3.device.type, dtype, batch, x3.shape[1], n, k)
-    y = registry.select("int8_mm", problem, impl).run(
+    out: Tensor = registry.select("int8_mm", problem, impl).run(
         x3,
         x_scale.reshape(batch, -1),
         w_codes.reshape(batch, n, k),
@@ -149,21 +152,21 @@ def _int8_mm(
         None if bias is None else bias.detach().reshape(batch, n),
         dtype,
     )
-    return y.reshape(shape)
+    return out.reshape(shape)
 
 
 _library.impl("quantize", _quantize, "CompositeExplicitAutograd")
 _library.impl("int8_mm", _int8_mm, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("teint8::quantize", lib=_library)
-def _(x: Tensor, seed: Tensor | None, scale: Tensor | None, group_dims: int, impl: str) -> tuple[Tensor, Tensor]:
+@torch.library.register_fake("teint8::quantize", lib=_library)  # type: ignore[untyped-decorator]
+def _quantize_fake(x: Tensor, seed: Tensor | None, scale: Tensor | None, group_dims: int, impl: str) -> tuple[Tensor, Tensor]:
     codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     return codes, x.new_empty(x.shape[: x.ndim - group_dims], dtype=torch.float32)
 
 
-@torch.library.register_fake("teint8::int8_mm", lib=_library)
-def _(
+@torch.library.register_fake("teint8::int8_mm", lib=_library)  # type: ignore[untyped-decorator]
+def _int8_mm_fake(
     x_codes: Tensor,
     x_scale: Tensor,
     w_codes: Tensor,
@@ -180,10 +183,8 @@ def _front(t: Tensor, dim: int | None, size: int) -> Tensor:
     return t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
 
 
-@torch.library.register_vmap("teint8::quantize", lib=_library)
-def _(
-    info: Any, in_dims: Any, x: Tensor, seed: Tensor | None, scale: Tensor | None, group_dims: int, impl: str
-) -> Any:
+@torch.library.register_vmap("teint8::quantize", lib=_library)  # type: ignore[untyped-decorator]
+def _quantize_vmap(info: Any, in_dims: Any, x: Tensor, seed: Tensor | None, scale: Tensor | None, group_dims: int, impl: str) -> Any:
     x = _front(x, in_dims[0], info.batch_size)
     if seed is not None:
         seed = _front(seed, in_dims[1], info.batch_size)
@@ -194,8 +195,8 @@ def _(
     return torch.ops.teint8.quantize(x, seed, scale, group_dims, impl), (0, 0)
 
 
-@torch.library.register_vmap("teint8::int8_mm", lib=_library)
-def _(
+@torch.library.register_vmap("teint8::int8_mm", lib=_library)  # type: ignore[untyped-decorator]
+def _int8_mm_vmap(
     info: Any,
     in_dims: Any,
     x_codes: Tensor,

@@ -45,6 +45,7 @@ class Implementation:
         device: torch's device type, or "" for every device.
         priority: the highest that is usable wins; below 0 it runs only when asked for by name.
         why_not: given a Problem, the reason why it cannot run that, or None. It must be cheap: it is asked at each call.
+
     """
 
     op: str
@@ -89,6 +90,7 @@ def register(
         ...     return numerics.quantize(x, seed) if scale is None else numerics.quantize_static(x, scale)
         >>> register("quantize", "mine", mine, device="xpu", priority=10).name
         'mine'
+
     """
     if op not in OPS:
         raise ValueError(f"register: op is {op!r}; it must be one of {', '.join(map(repr, OPS))}")
@@ -124,6 +126,7 @@ def select(op: str, problem: Problem, name: str = "") -> Implementation:
 
     Raises:
         ValueError: none of that name, or it cannot run the problem; the message gives its reason.
+
     """
     chosen = None if name else best(op, problem)
     if chosen is not None:

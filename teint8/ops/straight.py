@@ -50,6 +50,7 @@ def hat(x: Tensor | None, codes: Any, scale: Any, clipped: Tensor | None, dtype:
         codes: int8 (..., K) or None. scale: float32 (...).
         clipped: bool (..., K), where a static scale clipped and no gradient flows, or None.
         dtype: of the result.
+
     """
     if codes is None:
         return x.to(dtype)  # type: ignore[union-attr]

@@ -50,6 +50,7 @@ def multi_head_attention_forward(
 
     Raises:
         ValueError: shapes that do not fit; the message names them.
+
     """
     _check(query, key, value, embed_dim_to_check, num_heads, use_separate_proj_weight, is_causal, attn_mask)
     unbatched = query.ndim == 2
@@ -60,8 +61,7 @@ def multi_head_attention_forward(
     key_padding_mask = _additive(key_padding_mask, query.dtype)
     hinted = is_causal and key_padding_mask is None and not need_weights
     attn_mask = None if hinted else _additive(attn_mask, query.dtype)
-    if attn_mask is not None:
-        attn_mask = _three_dimensional(attn_mask, length, key.shape[0], batch * num_heads)
+    attn_mask = _three_dimensional(attn_mask, length, key.shape[0], batch * num_heads)
 
     if use_separate_proj_weight:
         weights = [(w, None) for w in (q_proj_weight, k_proj_weight, v_proj_weight)]
@@ -70,7 +70,6 @@ def multi_head_attention_forward(
     q, k, v = _in_projections(project, (query, key, value), weights, in_proj_bias, width)
     if bias_k is not None and bias_v is not None:
         k, v = torch.cat([k, bias_k.repeat(1, batch, 1)]), torch.cat([v, bias_v.repeat(1, batch, 1)])
-        attn_mask, key_padding_mask = _padded(attn_mask), _padded(key_padding_mask)
 
     def heads(t: Tensor) -> Tensor:
         return t.reshape(t.shape[0], batch * num_heads, width // num_heads).transpose(0, 1)
@@ -80,28 +79,18 @@ def multi_head_attention_forward(
     v = heads(v) if static_v is None else static_v
     if add_zero_attn:
         k, v = (torch.cat([t, t.new_zeros(t.shape[0], 1, t.shape[2])], dim=1) for t in (k, v))
-        attn_mask, key_padding_mask = _padded(attn_mask), _padded(key_padding_mask)
-    if key_padding_mask is not None:
-        padding = key_padding_mask.reshape(batch, 1, 1, k.shape[1]).expand(-1, num_heads, -1, -1)
-        padding = padding.reshape(batch * num_heads, 1, k.shape[1])
-        attn_mask = padding if attn_mask is None else attn_mask + padding
+    appended = int(bias_k is not None) + int(add_zero_attn)
+    mask = _merged(_padded(attn_mask, appended), _padded(key_padding_mask, appended), batch, num_heads)
 
-    dropout_p = dropout_p if training else 0.0
-    if need_weights:
-        out, weights_ = _with_weights(q, k, v, attn_mask, dropout_p)
-        out = out.transpose(0, 1).reshape(length * batch, width)
-    else:
-        out = _fused(q, k, v, attn_mask, dropout_p, hinted, batch, num_heads)
-        out = out.permute(2, 0, 1, 3).reshape(length * batch, width)
-    out = project(out, out_proj_weight, out_proj_bias, None)
+    out, attention = _attend(q, k, v, mask, dropout_p if training else 0.0, need_weights, hinted, batch)
+    out = project(out.transpose(0, 1).reshape(length * batch, width), out_proj_weight, out_proj_bias, None)
     out = out.reshape(length, batch, out.shape[-1])
-    if unbatched:
-        out = out.squeeze(1)
-    if not need_weights:
+    out = out.squeeze(1) if unbatched else out
+    if attention is None:
         return out, None
-    weights_ = weights_.reshape(batch, num_heads, length, -1)
-    weights_ = weights_.mean(1) if average_attn_weights else weights_
-    return out, weights_.squeeze(0) if unbatched else weights_
+    attention = attention.reshape(batch, num_heads, length, -1)
+    attention = attention.mean(1) if average_attn_weights else attention
+    return out, attention.squeeze(0) if unbatched else attention
 
 
 def _in_projections(
@@ -127,20 +116,21 @@ def _weight_and_bias(weight: tuple[Any, Any], bias: Tensor | None) -> tuple[Any,
     return weight[0], bias, weight[1]
 
 
-def _with_weights(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float) -> tuple[Tensor, Tensor]:
-    q = q * math.sqrt(1.0 / q.shape[-1])
-    scores = torch.bmm(q, k.mT) if mask is None else torch.baddbmm(mask, q, k.mT)
-    weights = F.dropout(scores.softmax(-1), dropout_p) if dropout_p > 0.0 else scores.softmax(-1)
-    return torch.bmm(weights, v), weights
-
-
-def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float, causal: bool, batch: int, heads: int) -> Tensor:
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float, need_weights: bool, causal: bool, batch: int
+) -> tuple[Tensor, Tensor | None]:
+    """(B * heads, length, width of a head), and the weights where they are wanted."""
+    if need_weights:
+        q = q * math.sqrt(1.0 / q.shape[-1])
+        scores = torch.bmm(q, k.mT) if mask is None else torch.baddbmm(mask, q, k.mT)
+        weights = F.dropout(scores.softmax(-1), dropout_p) if dropout_p > 0.0 else scores.softmax(-1)
+        return torch.bmm(weights, v), weights
     if mask is not None:
-        mask = mask.unsqueeze(0) if mask.shape[0] == 1 else mask.reshape(batch, heads, -1, k.shape[1])
-    q, k, v = (t.reshape(batch, heads, *t.shape[1:]) for t in (q, k, v))
+        mask = mask.unsqueeze(0) if mask.shape[0] == 1 else mask.reshape(batch, -1, *mask.shape[1:])
+    q, k, v = (t.reshape(batch, -1, *t.shape[1:]) for t in (q, k, v))
     attention = math_attention if _torch.needs_math_attention() else F.scaled_dot_product_attention
     out: Tensor = attention(q, k, v, mask, dropout_p, causal)
-    return out
+    return out.flatten(0, 1), None
 
 
 def math_attention(
@@ -176,19 +166,27 @@ def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, -math.inf)
 
 
-def _three_dimensional(mask: Tensor, length: int, keys: int, heads: int) -> Tensor:
+def _three_dimensional(mask: Tensor | None, length: int, keys: int, heads: int) -> Tensor | None:
+    if mask is None:
+        return None
     if mask.ndim == 2 and mask.shape == (length, keys):
         return mask.unsqueeze(0)
     if mask.ndim == 3 and mask.shape == (heads, length, keys):
         return mask
-    raise ValueError(
-        f"attention: attn_mask has shape {tuple(mask.shape)}; ({length}, {keys}) or ({heads}, {length}, {keys}) is needed"
-    )
+    raise ValueError(f"attention: attn_mask has shape {tuple(mask.shape)}; ({length}, {keys}) or ({heads}, {length}, {keys}) is needed")
 
 
-def _padded(mask: Tensor | None) -> Tensor | None:
-    """One more key, seen by all."""
-    return None if mask is None else F.pad(mask, (0, 1))
+def _padded(mask: Tensor | None, appended: int) -> Tensor | None:
+    """More keys at the end, seen by all."""
+    return mask if mask is None or appended == 0 else F.pad(mask, (0, appended))
+
+
+def _merged(mask: Tensor | None, padding: Tensor | None, batch: int, heads: int) -> Tensor | None:
+    """The attention mask and the key padding mask (B, keys) as one."""
+    if padding is None:
+        return mask
+    padding = padding.reshape(batch, 1, 1, -1).expand(-1, heads, -1, -1).reshape(batch * heads, 1, -1)
+    return padding if mask is None else mask + padding
 
 
 def _map_shared(f: Callable[[Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,8 +9,7 @@ from teint8.transforms.receipt import Receipt
 
 
 def explain(qfn: Any, params: Any, *args: Any, **kwargs: Any) -> Receipt:
-    """Run ``qfn`` once, without gradients, and return the receipt: for each call of a quantizable op which implementation ran
-    it, or why it stayed float.
+    """Run ``qfn`` once, without gradients, and tell for each call of a quantizable op what ran it, or why it stayed float.
 
     Args:
         qfn: a result of ``quantize``.
@@ -30,6 +29,7 @@ def explain(qfn: Any, params: Any, *args: Any, **kwargs: Any) -> Receipt:
         >>> receipt = explain(quantize(model), dict(model.named_parameters()), torch.ones(8, 64))
         >>> [(r.path, r.m, r.n, r.k) for r in receipt], receipt.int8_calls
         ([('0.weight', 8, 32, 64), ('2.weight', 8, 10, 32)], 2)
+
     """
     quantized(qfn)
     receipt = Receipt()

@@ -44,6 +44,7 @@ def pack(qfn: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
         >>> packed = pack(quantize(model), dict(model.named_parameters()))
         >>> packed["weight"]
         QTensor(2x4, torch.float32 as int8, axis=-1, device=cpu, 16 bytes)
+
     """
     target = quantized(qfn)
     if args or kwargs:
@@ -71,6 +72,7 @@ def unpack(packed: Any) -> Any:
     Example:
         >>> unpack({"w": QTensor.quantize(torch.tensor([[1.0, -2.0]])), "b": 3.0})
         {'w': tensor([[ 1.0079, -2.0000]]), 'b': 3.0}
+
     """
     return torch_pytree.tree_map(lambda leaf: leaf.dequantize() if isinstance(leaf, QTensor) else leaf, packed, is_leaf=is_qtensor)
 

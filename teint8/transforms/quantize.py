@@ -33,6 +33,7 @@ class BoundRoute(Route):
     Attributes:
         known: for each tensor that stands for a weight in the program (a float leaf, or the codes of a packed one), its Operand.
         packed_leaves: whether any leaf is packed, so that other calls must be looked through for codes.
+
     """
 
     def __init__(self, policy: Policy, strict: bool, receipt: Receipt | None) -> None:
@@ -96,9 +97,7 @@ class _Shell(nn.Module):
         return self.function(*args, **kwargs)
 
 
-def quantize(
-    module_or_fn: nn.Module | Callable[..., Any], policy: Policy | None = None, *, strict: bool = False
-) -> Callable[..., Any]:
+def quantize(module_or_fn: nn.Module | Callable[..., Any], policy: Policy | None = None, *, strict: bool = False) -> Callable[..., Any]:
     """A pure function that runs ``module_or_fn`` with its matmuls in INT8 by the rules of ``policy``.
 
     The module is never touched, and nothing is registered: the result is a function of its inputs, under torch.func.grad,
@@ -125,6 +124,7 @@ def quantize(
         >>> grads = torch.func.grad(loss)(params)
         >>> {name: tuple(g.shape) for name, g in grads.items()}
         {'weight': (2, 4), 'bias': (2,)}
+
     """
     policy = Policy.qat() if policy is None else policy
     if not isinstance(policy, Policy):
@@ -154,6 +154,7 @@ def run(qfn: Any, route: BoundRoute, params: Any, args: Any, kwargs: Any) -> Any
 
     Raises:
         TypeError: ``qfn`` is not a result of ``quantize``.
+
     """
     target = quantized(qfn)
     call = _call_module if isinstance(target, nn.Module) else _call_function
@@ -165,6 +166,7 @@ def quantized(qfn: Any) -> Any:
 
     Raises:
         TypeError: ``qfn`` is not a result of ``quantize``.
+
     """
     target = getattr(qfn, "__wrapped__", None)
     if target is None or not isinstance(getattr(qfn, "policy", None), Policy):
@@ -206,6 +208,7 @@ def leaf_paths(params: Any) -> list[str]:
     Example:
         >>> leaf_paths({"layers": [{"w": 1.0}], "head": 2.0})
         ['layers.0.w', 'head']
+
     """
     return [_name(path) for path, _ in torch_pytree.tree_flatten_with_path(params, is_leaf=is_qtensor)[0]]
 

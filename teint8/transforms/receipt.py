@@ -17,6 +17,7 @@ class Record:
         implementation: what ran it: "cpu-onednn-c", "triton", "reference", ..., or "float".
         reason: why it stayed float, or "".
         calls: how often it was called so.
+
     """
 
     path: str
@@ -45,10 +46,11 @@ class Receipt:
         path       op      M   N   K   batch  ran as        calls  reason
         fc.weight  linear  32  10  64  1      cpu-onednn-c  1
         1 of 1 calls ran in INT8
+
     """
 
     def __init__(self) -> None:
-        self._calls: dict[tuple[Any, ...], int] = {}
+        self._calls: dict[Any, int] = {}
 
     def add(self, fields: tuple[Any, ...]) -> None:
         """Count one call, given as the fields of a Record in order, without ``calls``."""
@@ -57,7 +59,7 @@ class Receipt:
     @property
     def records(self) -> list[Record]:
         """The records, each with its number of calls."""
-        return [Record(*fields, calls=n) for fields, n in list(self._calls.items())]
+        return [Record(*(*fields, n)) for fields, n in list(self._calls.items())]
 
     @property
     def int8_calls(self) -> int:
@@ -76,7 +78,7 @@ class Receipt:
         return len(self._calls)
 
     def __str__(self) -> str:
-        rows = [("path", "op", "M", "N", "K", "batch", "ran as", "calls", "reason")]
+        rows: list[tuple[str, ...]] = [("path", "op", "M", "N", "K", "batch", "ran as", "calls", "reason")]
         for r in self:
             rows.append((r.path, r.op, *map(str, (r.m, r.n, r.k, r.batch)), r.implementation, str(r.calls), r.reason))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

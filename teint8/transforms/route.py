@@ -14,7 +14,7 @@ from teint8.ops.raw import problem_of
 from teint8.policy import Policy, Rule
 from teint8.qtensor import QTensor
 from teint8.transforms import attention, callsite, shapes
-from teint8.transforms.receipt import Receipt, Record
+from teint8.transforms.receipt import Receipt
 
 
 class Operand(NamedTuple):
@@ -25,6 +25,7 @@ class Operand(NamedTuple):
         path: its path in the params, "" where it has none.
         transposed: whether the call sees it with its last two dimensions swapped.
         held: what a route keeps of it.
+
     """
 
     value: Tensor | QTensor
@@ -40,6 +41,7 @@ class Route(TorchFunctionMode):
         policy: the rules.
         strict: raise where a rule wants INT8 and the call cannot run so.
         receipt: where calls are recorded, or None.
+
     """
 
     def __init__(self, policy: Policy, strict: bool, receipt: Receipt | None) -> None:
@@ -102,13 +104,12 @@ class Route(TorchFunctionMode):
                 "(the first match wins; teint8.explain lists the paths), or leave strict off"
             )
 
-    def multiply(
-        self, op: str, x: Any, weight: Operand, axis: int, bias: Any, float_call: Callable[[], Any], rows: Any = None
-    ) -> Any:
+    def multiply(self, op: str, x: Any, weight: Operand, axis: int, bias: Any, float_call: Callable[[], Any], rows: Any = None) -> Any:
         """x (..., K) by a weight whose contracted dimension is ``axis`` of its layout in this call: INT8, or ``float_call``.
 
         Args:
             rows: a slice of the output channels, for weights that hold several projections.
+
         """
         path = self.path(weight)
         rule = self.rule(path, op)
@@ -154,9 +155,7 @@ class Route(TorchFunctionMode):
             return weight.path
         return "?" if torch.compiler.is_compiling() else callsite.line_of_call()
 
-    def record(
-        self, path: str, op: str, x: Any, weight: Operand, axis: int, rows: Any, implementation: str, reason: str
-    ) -> None:
+    def record(self, path: str, op: str, x: Any, weight: Operand, axis: int, rows: Any, implementation: str, reason: str) -> None:
         """Note one call on the receipt."""
         if self.receipt is None or torch.compiler.is_compiling():
             return
@@ -208,9 +207,7 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
 def _linear(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
     x, w, bias = shapes.bind(("input", "weight", "bias"), args, kwargs)
     weight = route.operand(w) or Operand(w)
-    return route.multiply(
-        "linear", x, weight, -1, bias, lambda: torch.ops.aten.linear(*route.plain((x, w, bias)))
-    )
+    return route.multiply("linear", x, weight, -1, bias, lambda: torch.ops.aten.linear(*route.plain((x, w, bias))))
 
 
 def _matmul(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
@@ -256,9 +253,7 @@ def _addmm(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
         return func(*route.plain(args), **dict(zip(kwargs, route.plain(tuple(kwargs.values())), strict=True)))
     product = torch.bmm if func in (torch.baddbmm, Tensor.baddbmm) else torch.mm
     if right is not None and beta == alpha == 1 and bias.ndim == 1 and bias.shape == b.shape[-1:] and product is torch.mm:
-        return route.multiply(
-            "matmul", a, right, -2, bias, lambda: torch.ops.aten.addmm(*route.plain((bias, a, b)))
-        )
+        return route.multiply("matmul", a, right, -2, bias, lambda: torch.ops.aten.addmm(*route.plain((bias, a, b))))
     y = _product(route, product, (a, b), {}, a, b)
     y = y if alpha == 1 else y * alpha
     (bias,) = route.plain((bias,))

