@@ -1,4 +1,4 @@
-/* Row quantization and the epilogue of an INT8 matmul on the CPU: the numerics contract, one pass over cached rows.
+/* INT8 on the CPU: row quantization, the epilogue of a matmul, and, where the CPU has AMX, the matmul with its epilogue.
  *
  * Compile with -ffp-contract=off: a contracted multiply-add rounds once where the contract rounds twice.
  * The low byte of (v + 1.5 * 2^23) is rint(v), ties to even, for |v| <= 127: cheaper than a conversion. */
@@ -35,13 +35,14 @@ static inline uint32_t mix32(uint32_t h)
 static inline float clamp(float v) { return v < -127.f ? -127.f : v > 127.f ? 127.f : v; }
 
 #define QUANTIZE(T)                                                                                                       \
-    void quantize_##T(const T *x, int64_t ldx, int8_t *codes, float *scales, int64_t m, int64_t k, const int64_t *seeds,   \
-                      int64_t rows_per_seed, const float *given, int threads)                                              \
+    void quantize_##T(const T *x, int64_t ldx, int8_t *codes, int64_t ldq, float *scales, int64_t m, int64_t k,            \
+                      const int64_t *seeds, int64_t rows_per_seed, const float *given, int threads)                                              \
     {                                                                                                                      \
         _Pragma("omp parallel for schedule(static) num_threads(threads)")                                                  \
         for (int64_t i = 0; i < m; i++) {                                                                                  \
             const T *row = x + i * ldx;                                                                                    \
-            int8_t *out = codes + i * k;                                                                                   \
+            int8_t *out = codes + i * ldq;                                                                                 \
+            memset(out + k, 0, ldq - k);                                                                                   \
             uint32_t top = 0; /* absmax by its bits: a NaN is above infinity, which is above every number */               \
             for (int64_t j = 0; j < k; j++) {                                                                              \
                 uint32_t b = bits_of(load_##T(row[j])) & 0x7fffffffu;                                                      \
@@ -68,19 +69,18 @@ static inline float clamp(float v) { return v < -127.f ? -127.f : v > 127.f ? 12
     }
 
 #define EPILOGUE(T)                                                                                                        \
+    static inline void row_##T(const int32_t *sums, const float *w_scale, float s, const float *bias, T *y, int64_t n)     \
+    {                                                                                                                      \
+        if (bias)                                                                                                          \
+            for (int64_t j = 0; j < n; j++) y[j] = store_##T((float)sums[j] * w_scale[j] * s + bias[j]);                   \
+        else                                                                                                               \
+            for (int64_t j = 0; j < n; j++) y[j] = store_##T((float)sums[j] * w_scale[j] * s);                             \
+    }                                                                                                                      \
     void epilogue_##T(const int32_t *sums, const float *x_scale, const float *w_scale, const float *bias, T *y, int64_t m, \
                       int64_t n, int threads)                                                                              \
     {                                                                                                                      \
         _Pragma("omp parallel for schedule(static) num_threads(threads)")                                                  \
-        for (int64_t i = 0; i < m; i++) {                                                                                  \
-            const int32_t *row = sums + i * n;                                                                             \
-            T *out = y + i * n;                                                                                            \
-            float s = x_scale[i];                                                                                          \
-            if (bias)                                                                                                      \
-                for (int64_t j = 0; j < n; j++) out[j] = store_##T((float)row[j] * w_scale[j] * s + bias[j]);              \
-            else                                                                                                           \
-                for (int64_t j = 0; j < n; j++) out[j] = store_##T((float)row[j] * w_scale[j] * s);                        \
-        }                                                                                                                  \
+        for (int64_t i = 0; i < m; i++) row_##T(sums + i * n, w_scale, x_scale[i], bias, y + i * n, n);                    \
     }
 
 typedef float f32;
@@ -90,3 +90,101 @@ QUANTIZE(f16)
 EPILOGUE(f32)
 EPILOGUE(bf16)
 EPILOGUE(f16)
+
+#ifdef __AMX_INT8__
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+int amx_enable(void) { return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0; }
+
+/* w (n, k) to panels of 16 channels: 64 bytes hold four consecutive k of each, as the tiles want them; zeros at the edges. */
+void amx_pack(const int8_t *w, int64_t n, int64_t k, int32_t *panels, int64_t kp, int threads)
+{
+    _Pragma("omp parallel for schedule(static) num_threads(threads)")
+    for (int64_t p = 0; p < (n + 31) / 32 * 2; p++) {
+        for (int64_t j = 0; j < kp; j += 64) {
+            __m512i r[16], t[16];
+            __mmask64 mask = k - j >= 64 ? ~0ull : (1ull << (k - j)) - 1;
+            for (int i = 0; i < 16; i++)
+                r[i] = p * 16 + i < n ? _mm512_maskz_loadu_epi8(mask, w + (p * 16 + i) * k + j) : _mm512_setzero_si512();
+            /* a 16 x 16 transpose of 4-byte words in four rounds */
+            for (int i = 0; i < 16; i += 2) {
+                t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+                t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+            }
+            for (int i = 0; i < 16; i += 4) {
+                r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+                r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+                r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+                r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+            }
+            for (int i = 0; i < 4; i++)
+                for (int h = 0; h < 16; h += 8) {
+                    t[i + h] = _mm512_shuffle_i32x4(r[i + h], r[i + h + 4], 0x88);
+                    t[i + h + 4] = _mm512_shuffle_i32x4(r[i + h], r[i + h + 4], 0xdd);
+                }
+            int32_t *out = panels + (p * kp + j) * 4;
+            for (int i = 0; i < 8; i++) {
+                _mm512_store_si512(out + i % 4 * 16 + i / 4 * 64, _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88));
+                _mm512_store_si512(out + i % 4 * 16 + i / 4 * 64 + 128, _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd));
+            }
+        }
+    }
+}
+
+struct tiles { uint8_t palette, start, reserved[14]; uint16_t bytes[16]; uint8_t rows[16]; };
+
+/* Four tiles of sums: 32 rows of codes (row stride kp) by 32 channels (two panels). */
+static inline void amx_block(const int8_t *a, const int8_t *b, int64_t kp, int32_t *sums)
+{
+    _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+    for (int64_t j = 0; j < kp; j += 64) {
+        _tile_loadd(4, a + j, kp);
+        _tile_loadd(6, b + j * 16, 64);
+        _tile_loadd(5, a + 16 * kp + j, kp);
+        _tile_loadd(7, b + (kp + j) * 16, 64);
+        _tile_dpbssd(0, 4, 6);
+        _tile_dpbssd(1, 4, 7);
+        _tile_dpbssd(2, 5, 6);
+        _tile_dpbssd(3, 5, 7);
+    }
+    _tile_stored(0, sums, 128);
+    _tile_stored(1, sums + 16, 128);
+    _tile_stored(2, sums + 512, 128);
+    _tile_stored(3, sums + 528, 128);
+}
+
+/* codes (m rounded up to 32, kp), panels of amx_pack; y (m, n) is written in blocks of rows that stay in the L2 cache. */
+#define AMX_MM(T)                                                                                                          \
+    void amx_mm_##T(const int8_t *codes, const float *x_scale, const int8_t *panels, const float *w_scale,                 \
+                    const float *bias, T *y, int64_t m, int64_t n, int64_t kp, int threads)                                \
+    {                                                                                                                      \
+        const int64_t rows = 128, blocks = (m + rows - 1) / rows, pairs = (n + 31) / 32;                                   \
+        _Pragma("omp parallel num_threads(threads)")                                                                       \
+        {                                                                                                                  \
+            struct tiles config = {.palette = 1};                                                                          \
+            for (int i = 0; i < 8; i++) { config.bytes[i] = 64; config.rows[i] = 16; }                                     \
+            _tile_loadconfig(&config);                                                                                     \
+            int32_t sums[1024] __attribute__((aligned(64)));                                                               \
+            _Pragma("omp for schedule(static)")                                                                            \
+            for (int64_t job = 0; job < blocks * pairs; job++) {                                                           \
+                int64_t first = job / pairs * rows, last = first + rows < m ? first + rows : m, c = job % pairs * 32;      \
+                int64_t wide = n - c < 32 ? n - c : 32;                                                                    \
+                for (int64_t i = first; i < last; i += 32) {                                                               \
+                    amx_block(codes + i * kp, panels + c * kp, kp, sums);                                                  \
+                    for (int64_t r = i; r < i + 32 && r < last; r++) {                                                     \
+                        const int32_t *s = sums + (r - i) * 32;                                                            \
+                        T *out = y + r * n + c;                                                                            \
+                        if (wide == 32) row_##T(s, w_scale + c, x_scale[r], bias ? bias + c : 0, out, 32);                 \
+                        else row_##T(s, w_scale + c, x_scale[r], bias ? bias + c : 0, out, wide);                          \
+                    }                                                                                                      \
+                }                                                                                                          \
+            }                                                                                                              \
+            _tile_release();                                                                                               \
+        }                                                                                                                  \
+    }
+AMX_MM(f32)
+AMX_MM(bf16)
+AMX_MM(f16)
+#endif

@@ -27,8 +27,23 @@ def why_not() -> str | None:
     return loaded if isinstance(loaded, str) else None
 
 
+def has_amx() -> bool:
+    """Whether the CPU has AMX tiles for INT8 and the kernel lets this process use them."""
+    return why_not() is None and _has_amx()
+
+
+@functools.cache
+def _has_amx() -> bool:
+    library = _load()
+    return hasattr(library, "amx_enable") and bool(library.amx_enable())  # type: ignore[union-attr]
+
+
 def quantize(x: Tensor, codes: Tensor, scales: Tensor, seed: Tensor | None, scale: Tensor | None) -> None:
-    """Fill codes (M, K) and scales (M,) from x (M, K), whose rows are contiguous; seed (S,) and scale (M,) as in the registry."""
+    """Fill codes (M, K or wider, filled with zeros) and scales (M,) from x (M, K), whose rows are contiguous.
+
+    Args:
+        seed: (S,) as in the registry. scale: (M,) as in the registry.
+    """
     m, k = x.shape
     scale = None if scale is None else scale.contiguous()
     seed = None if seed is None else seed.contiguous()
@@ -36,6 +51,7 @@ def quantize(x: Tensor, codes: Tensor, scales: Tensor, seed: Tensor | None, scal
         x.data_ptr(),
         x.stride(0),
         codes.data_ptr(),
+        codes.stride(0),
         scales.data_ptr(),
         m,
         k,
@@ -43,6 +59,30 @@ def quantize(x: Tensor, codes: Tensor, scales: Tensor, seed: Tensor | None, scal
         1 if seed is None else m // seed.numel(),
         None if scale is None else scale.data_ptr(),
         _threads(m * k),
+    )
+
+
+def amx_pack(w: Tensor, panels: Tensor) -> None:
+    """Fill panels (N rounded up to 32, K rounded up to 64) from contiguous codes w (N, K), in the order that tiles want."""
+    n, k = w.shape
+    _function("amx_pack")(w.data_ptr(), n, k, panels.data_ptr(), panels.shape[1], _threads(n * k))
+
+
+def amx_mm(codes: Tensor, x_scale: Tensor, panels: Tensor, w_scale: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    """Fill y (M, N) from codes (M rounded up to 32, K rounded up to 64), panels of ``amx_pack``, float32 scales and bias."""
+    m, n = y.shape
+    k = codes.shape[1]
+    _function(f"amx_mm_{DTYPES[y.dtype]}")(
+        codes.data_ptr(),
+        x_scale.data_ptr(),
+        panels.data_ptr(),
+        w_scale.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        m,
+        n,
+        k,
+        _threads(m * n * k // 64),
     )
 
 
@@ -72,10 +112,12 @@ def _function(name: str) -> Callable[..., None]:
         raise RuntimeError(f"cpu_rows: {reason}")
     pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     function = getattr(_load(), name)
-    if name.startswith("quantize"):
-        function.argtypes = [pointer, size, pointer, pointer, size, size, pointer, size, pointer, number]
-    else:
-        function.argtypes = [pointer, pointer, pointer, pointer, pointer, size, size, number]
+    function.argtypes = {
+        "quantize": [pointer, size, pointer, size, pointer, size, size, pointer, size, pointer, number],
+        "epilogue": [*[pointer] * 5, size, size, number],
+        "amx_pack": [pointer, size, size, pointer, size, number],
+        "amx_mm": [*[pointer] * 6, size, size, size, number],
+    }[name.rpartition("_")[0] if name != "amx_pack" else name]
     function.restype = None
     callable_: Callable[..., None] = function
     return callable_

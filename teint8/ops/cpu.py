@@ -1,7 +1,7 @@
-"""CPU implementations: oneDNN's INT8 matmul, with rows and epilogues in C where a compiler is at hand, else in torch."""
+"""CPU implementations: AMX tiles, oneDNN's INT8 matmul; rows and epilogues in C where a compiler is at hand, else in torch."""
 
-import math
 import threading
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,35 +11,46 @@ from teint8.kernels import cpu_rows
 from teint8.ops.registry import Problem, register
 
 _CHUNK = 128  # rows whose int32 sums are held at once: they stay in the L2 cache
+_AMX_ROWS = 1024  # rows at a time on AMX tiles, which take the sums to the result themselves
+_KEEP = 1 << 24  # bytes of scratch that a thread keeps
 
 
 class _Scratch(threading.local):
     """Buffers of a thread, kept: on a CPU fresh memory costs more than the arithmetic done in it."""
 
     def __init__(self) -> None:
-        self.buffers: dict[torch.dtype, Tensor] = {}
-        self.views: dict[tuple[int, int, int], tuple[Tensor, Tensor, Tensor]] = {}
+        self.buffers: dict[str, Tensor] = {}
+        self.views: dict[Any, tuple[Tensor, ...]] = {}
 
-    def get(self, rows: int, k: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes (rows, K), scales (rows,) and sums (rows, N) of unspecified content, valid until the next call."""
-        views = self.views.get((rows, k, n))
+    def get(self, **wanted: tuple[torch.dtype, int, int]) -> tuple[Tensor, ...]:
+        """Matrices of unspecified content, valid until the next call: names with dtype, rows and columns of each."""
+        key = tuple(wanted.items())
+        views = self.views.get(key)
         if views is None:
-            shapes = ((torch.int8, (rows, k)), (torch.float32, (rows,)), (torch.int32, (rows, n)))
-            codes, scales, sums = (self._view(dtype, shape) for dtype, shape in shapes)
-            views = self.views[rows, k, n] = codes, scales, sums
+            views = tuple(self._view(name, *matrix) for name, matrix in wanted.items())
+            if sum(view.nbytes for view in views) <= _KEEP:
+                self.views[key] = views
         return views
 
-    def _view(self, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-        size = math.prod(shape)
-        buffer = self.buffers.get(dtype)
+    def _view(self, name: str, dtype: torch.dtype, rows: int, columns: int) -> Tensor:
+        size = rows * columns
+        buffer = self.buffers.get(name)
         if buffer is None or buffer.numel() < size or len(self.views) > 256:
             self.views.clear()  # so that the old buffers go
             with torch.inference_mode(False):
-                buffer = self.buffers[dtype] = torch.empty(size, dtype=dtype)
-        return buffer[:size].view(shape)
+                buffer = torch.empty(size + 64 // dtype.itemsize, dtype=dtype)
+            start = -buffer.data_ptr() % 64 // dtype.itemsize  # a cache line is not shared
+            buffer = buffer[start : start + size]
+            if buffer.nbytes <= _KEEP:
+                self.buffers[name] = buffer
+        return buffer[:size].view(rows, columns)
 
 
 _scratch = _Scratch()
+
+
+def _up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
 
 
 def _linear_c(x: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -51,10 +62,42 @@ def _linear_c(x: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None, dtype: tor
     for i in range(0, m, _CHUNK):
         rows = min(_CHUNK, m - i)
         xi, yi = (x, y) if rows == m else (x[i : i + rows], y[i : i + rows])
-        codes, scales, sums = _scratch.get(rows, k, n)
+        codes, scales, sums = _scratch.get(
+            codes=(torch.int8, rows, k), scales=(torch.float32, 1, rows), sums=(torch.int32, rows, n)
+        )
         cpu_rows.quantize(xi, codes, scales, None, None)
         torch._int_mm(codes, w, out=sums)
         cpu_rows.epilogue(sums, scales, ws, bias, yi)
+    return y
+
+
+def _linear_amx(x: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return _on_tiles(x if x.stride(1) == 1 else x.contiguous(), None, wq, ws, bias, dtype)
+
+
+def _mm_amx(xq: Tensor, xs: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return _on_tiles(xq[0], xs[0].contiguous(), wq[0], ws[0], None if bias is None else bias[0], dtype).unsqueeze(0)
+
+
+def _on_tiles(x: Tensor, xs: Tensor | None, wq: Tensor, ws: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """x as floats, or as codes with their scales."""
+    (m, k), n = x.shape, wq.shape[0]
+    wq, ws = wq.contiguous(), ws.contiguous()
+    bias = None if bias is None else bias.detach().float().contiguous()
+    chunk, kp = min(m, _AMX_ROWS), _up(k, 64)
+    codes, scales, panels = _scratch.get(
+        codes=(torch.int8, _up(chunk, 32), kp), scales=(torch.float32, 1, chunk), panels=(torch.int8, _up(n, 32), kp)
+    )
+    cpu_rows.amx_pack(wq, panels)
+    y = torch.empty(m, n, dtype=dtype)
+    for i in range(0, m, chunk):
+        rows = min(chunk, m - i)
+        xi, yi = (x, y) if rows == m else (x[i : i + rows], y[i : i + rows])
+        if xs is None:
+            cpu_rows.quantize(xi, codes, scales, None, None)
+        else:
+            codes[:rows, :k].copy_(xi)
+        cpu_rows.amx_mm(codes, scales if xs is None else xs[i : i + rows], panels, ws, bias, yi)
     return y
 
 
@@ -79,9 +122,17 @@ def _mm_c(xq: Tensor, xs: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None, d
     y = torch.empty(1, m, n, dtype=dtype)
     for i in range(0, m, _CHUNK):
         rows = min(_CHUNK, m - i)
-        sums = torch._int_mm(x[i : i + rows], w, out=_scratch.get(rows, k, n)[2])
+        (sums,) = _scratch.get(sums=(torch.int32, rows, n))
+        torch._int_mm(x[i : i + rows], w, out=sums)
         cpu_rows.epilogue(sums, xs[i : i + rows], ws, bias, y[0, i : i + rows])
     return y
+
+
+def _amx_why_not(problem: Problem) -> str | None:
+    reason = _mm_c_why_not(problem)
+    if reason is None and problem.m < 8:
+        reason = "a few rows do not fill a tile"
+    return reason or (None if cpu_rows.has_amx() else "the CPU has no AMX")
 
 
 def _mm_c_why_not(problem: Problem) -> str | None:
@@ -118,6 +169,8 @@ def _float_why_not(problem: Problem) -> str | None:
 
 def register_all() -> None:
     """Register the CPU's implementations."""
+    register("linear", "cpu-amx", _linear_amx, device="cpu", priority=30, why_not=_amx_why_not)
+    register("int8_mm", "cpu-amx", _mm_amx, device="cpu", priority=30, why_not=_amx_why_not)
     register("linear", "cpu-onednn-c", _linear_c, device="cpu", priority=20, why_not=_mm_c_why_not)
     register("quantize", "cpu-c", _quantize_c, device="cpu", priority=20, why_not=_quantize_c_why_not)
     register("int8_mm", "cpu-onednn-c", _mm_c, device="cpu", priority=20, why_not=_mm_c_why_not)
