@@ -109,3 +109,8 @@ def marks_differentiable() -> bool:
             return caller.f_code.co_filename == eager_transforms.__file__
         frame = caller
     return False
+
+
+def storage_uses(storage: torch.UntypedStorage) -> int:
+    """How many tensors, views and handles share the memory of a storage; 1 where this handle is all that is left."""
+    return int(torch._C._storage_Use_Count(storage._cdata))

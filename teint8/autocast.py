@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from teint8 import _torch
-from teint8.policy import Policy
+from teint8 import _torch, ops
+from teint8.ops import registry
+from teint8.policy import Policy, Rule
 from teint8.qtensor import QTensor
 from teint8.transforms import callsite
 from teint8.transforms.pack import pack_weight
@@ -31,14 +32,25 @@ class _Entry(NamedTuple):
     packed: QTensor
 
 
-class _Held:
-    """What is kept of a weight: its path, and its packed forms by (contracted dimension, granularity)."""
+class _Plan(NamedTuple):
+    """What a call of known shape comes to: the rule that decided, what runs it, and its line on the receipt."""
 
-    __slots__ = ("packed", "path")
+    rule: int
+    implementation: ops.Implementation
+    channels: int
+    granularity: str
+    fields: tuple[Any, ...]
+
+
+class _Held:
+    """What is kept of a weight: its path, its packed forms by (contracted dimension, granularity), plans by policy and shape."""
+
+    __slots__ = ("packed", "path", "plans")
 
     def __init__(self) -> None:
         self.path: str | None = None
         self.packed: dict[tuple[int, str], _Entry] = {}
+        self.plans: dict[Any, _Plan] = {}
 
     def get(self, weight: Tensor, axis: int, granularity: str) -> QTensor:
         """The packed weight: the one that is held while the weight is what was packed, in every way, else a new one."""
@@ -54,6 +66,8 @@ class _Held:
 
 _held = WeakTensorKeyDictionary()
 _lock = threading.Lock()
+_policies: dict[Policy, int] = {}  # numbers for policies: a number is quick to hash
+_QAT, _FLOAT = Policy.qat(), Policy()
 
 
 class te_int8_autocast(Route):
@@ -94,8 +108,9 @@ class te_int8_autocast(Route):
                 raise TypeError(f"te_int8_autocast: {name} is {value!r}; True or False is needed{hint}")
         if policy is not None and not isinstance(policy, Policy):
             raise TypeError(f"te_int8_autocast: policy is {policy!r}; a Policy is needed, such as Policy.training()")
-        chosen = Policy.qat() if policy is None else policy
-        super().__init__(chosen if enabled else Policy(), strict and enabled, Receipt())
+        chosen = _QAT if policy is None else policy
+        super().__init__(chosen if enabled else _FLOAT, strict and enabled, Receipt())
+        self._policy = _policies.setdefault(self.policy, len(_policies))
         self.training = training
         self.replays_reentrant = training
         # a path depends on the outermost module: it is looked up anew in each context only where rules depend on it
@@ -133,6 +148,39 @@ class te_int8_autocast(Route):
             with _lock:
                 held = _held.setdefault(owner, _Held())
         return Operand(t, self._path_of(owner, held), transposed, (owner, held))
+
+    def multiply(self, op: str, x: Any, weight: Operand, axis: int, bias: Any, float_call: Any, rows: Any = None) -> Any:
+        lean = weight.held is not None and axis == -1 and rows is None and not self.training and _is_inference(x, bias)
+        if not lean or weight.transposed or self._paths_matter:
+            return super().multiply(op, x, weight, axis, bias, float_call, rows)
+        owner, held = weight.held
+        key = (self._policy, registry.generation(), op, x.shape, x.dtype, bias is None)
+        plan = held.plans.get(key)
+        if plan is None:  # decided by the long way, once
+            self._plan(key, op, x, weight, bias)
+            return super().multiply(op, x, weight, axis, bias, float_call, rows)
+        self.matched.add(plan.rule)
+        self.receipt.add(plan.fields)  # type: ignore[union-attr]
+        codes, scale = held.get(owner, -1, plan.granularity).rows()
+        y = plan.implementation.run(x.reshape(-1, x.shape[-1]), codes, scale, bias, x.dtype)
+        return y.view(*x.shape[:-1], plan.channels)
+
+    def _plan(self, key: Any, op: str, x: Tensor, weight: Operand, bias: Tensor | None) -> None:
+        """Keep a plan for calls like this one, if a fused implementation runs them whole."""
+        w, held = weight.value, weight.held[1]
+        rule = self.rule(weight.path, op)
+        if rule is None or rule != Rule(rule.path, rule.ops, gradient=rule.gradient, wgrad=rule.wgrad) or w.ndim != 2:
+            return
+        fits = x.dtype == w.dtype and x.shape[-1:] == w.shape[-1:] and x.device == w.device
+        if not fits or 0 in x.shape or 0 in w.shape or (bias is not None and bias.shape != w.shape[:1]):
+            return
+        (n, k), m = w.shape, x.numel() // w.shape[1]
+        implementation = registry.best("linear", ops.Problem(x.device.type, x.dtype, 1, m, n, k))
+        if implementation is not None:
+            if len(held.plans) > 64:
+                held.plans.clear()
+            fields = (weight.path, op, m, n, k, 1, implementation.name, "")
+            held.plans[key] = _Plan(self.policy.rules.index(rule), implementation, n, "row", fields)
 
     def path(self, weight: Operand) -> str:
         if torch.compiler.is_compiling():
@@ -181,6 +229,15 @@ class te_int8_autocast(Route):
         """Forget every packed weight."""
         with _lock:
             _held.clear()
+
+
+def _is_inference(x: Any, bias: Any) -> bool:
+    """Whether nothing but values is wanted: no gradient, transform, tracing or torch.autocast, and real tensors."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not _torch.no_dispatch_modes():
+        return False
+    if _torch.forward_ad_level() >= 0 or torch.is_autocast_enabled(x.device.type):
+        return False
+    return _torch.is_plain(x) and (bias is None or _torch.is_plain(bias))
 
 
 def _is_transposed_parameter(t: Any) -> bool:

@@ -128,7 +128,8 @@ def int8_mm(
         dtype: of the result (B, M, N); cast once, at the end.
 
     """
-    acc = (x_codes.double() @ w_codes.double().mT).float()
+    # through an integer: 0 * -1 is -0.0 in float64, and the sums of the contract have no sign of zero
+    acc = (x_codes.double() @ w_codes.double().mT).long().float()
     y = (acc * w_scale.unsqueeze(-2)) * x_scale.unsqueeze(-1)
     return (y if bias is None else y + bias.float().unsqueeze(-2)).to(dtype)
 

@@ -8,13 +8,14 @@ from hypothesis import HealthCheck, example, given, settings
 from teint8 import numerics, ops
 from teint8.ops import registry
 
-CPU = ("cpu-c", "cpu-onednn-c", "cpu-onednn", "cpu-exact-float")
+CPU = ("cpu-c", "cpu-amx", "cpu-onednn-c", "cpu-onednn", "cpu-exact-float")
 SETTINGS = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @SETTINGS
 @given(case=cases)
 @example(Case(1, 129, 300, 1, torch.float32, "normal", "transposed", True, 1))
+@example(Case(1, 4, 100, 1, torch.float32, "flush", "contiguous", False, 0))
 @example(Case(1, 1, 1, 300, torch.float32, "normal", "contiguous", False, 3))
 def test_cpu(case: Case) -> None:
     check(case, "cpu", CPU)

@@ -34,38 +34,42 @@ static inline uint32_t mix32(uint32_t h)
 
 static inline float clamp(float v) { return v < -127.f ? -127.f : v > 127.f ? 127.f : v; }
 
-#define QUANTIZE(T)                                                                                                       \
-    void quantize_##T(const T *x, int64_t ldx, int8_t *codes, int64_t ldq, float *scales, int64_t m, int64_t k,            \
-                      const int64_t *seeds, int64_t rows_per_seed, const float *given, int threads)                                              \
-    {                                                                                                                      \
-        _Pragma("omp parallel for schedule(static) num_threads(threads)")                                                  \
-        for (int64_t i = 0; i < m; i++) {                                                                                  \
-            const T *row = x + i * ldx;                                                                                    \
-            int8_t *out = codes + i * ldq;                                                                                 \
-            memset(out + k, 0, ldq - k);                                                                                   \
-            uint32_t top = 0; /* absmax by its bits: a NaN is above infinity, which is above every number */               \
-            for (int64_t j = 0; j < k; j++) {                                                                              \
-                uint32_t b = bits_of(load_##T(row[j])) & 0x7fffffffu;                                                      \
-                top = b > top ? b : top;                                                                                   \
-            }                                                                                                              \
-            float absmax = float_of(top), multiplier = 0.f, scale = 0.f;                                                   \
-            if (top >= 0x7f800000u) scale = given && given[i] == 0.f ? 0.f : NAN;                                          \
-            else if (given) { scale = given[i] >= 0.f ? given[i] : NAN; multiplier = scale > 0.f ? 1.f / scale : 0.f; }    \
-            else if (absmax >= 0x1p-100f) { scale = absmax / 127.f; multiplier = 127.f / absmax; }                         \
-            scales[i] = scale;                                                                                             \
-            if (multiplier == 0.f) { memset(out, 0, k); continue; }                                                        \
-            if (!seeds) {                                                                                                  \
-                for (int64_t j = 0; j < k; j++)                                                                            \
-                    out[j] = (int8_t)bits_of(clamp(load_##T(row[j]) * multiplier) + 12582912.f);                           \
-                continue;                                                                                                  \
-            }                                                                                                              \
-            uint64_t seed = (uint64_t)seeds[i / rows_per_seed];                                                            \
-            uint32_t key = mix32(mix32(mix32((uint32_t)seed) ^ (uint32_t)(seed >> 32)) ^ (uint32_t)(i % rows_per_seed));    \
-            for (int64_t j = 0; j < k; j++) {                                                                              \
-                float noise = (float)(int32_t)(mix32(key + (uint32_t)j * 0x9e3779b9u) >> 8) * 0x1p-24f;                    \
-                out[j] = (int8_t)(int32_t)clamp(floorf(load_##T(row[j]) * multiplier + noise));                            \
-            }                                                                                                              \
-        }                                                                                                                  \
+#define QUANTIZE(T)                                                                                                                 \
+    /* One row of k values: codes, and zeros up to ldq; seed and given scale as the caller has them, or NULL. Returns the scale. */ \
+    static inline float quantize_row_##T(const T *row, int8_t *out, int64_t k, int64_t ldq, const int64_t *seed, uint32_t index,    \
+                                         const float *given)                                                                        \
+    {                                                                                                                               \
+        uint32_t top = 0; /* absmax by its bits: a NaN is above infinity, which is above every number */                            \
+        for (int64_t j = 0; j < k; j++) {                                                                                           \
+            uint32_t b = bits_of(load_##T(row[j])) & 0x7fffffffu;                                                                   \
+            top = b > top ? b : top;                                                                                                \
+        }                                                                                                                           \
+        float absmax = float_of(top), multiplier = 0.f, scale = 0.f;                                                                \
+        if (top >= 0x7f800000u) scale = given && *given == 0.f ? 0.f : NAN;                                                         \
+        else if (given) { scale = *given >= 0.f ? *given : NAN; multiplier = scale > 0.f ? 1.f / scale : 0.f; }                     \
+        else if (absmax >= 0x1p-100f) { scale = absmax / 127.f; multiplier = 127.f / absmax; }                                      \
+        memset(out + k, 0, ldq - k);                                                                                                \
+        if (multiplier == 0.f) memset(out, 0, k);                                                                                   \
+        else if (seed) {                                                                                                            \
+            uint64_t s = (uint64_t)*seed;                                                                                           \
+            uint32_t key = mix32(mix32(mix32((uint32_t)s) ^ (uint32_t)(s >> 32)) ^ index);                                          \
+            for (int64_t j = 0; j < k; j++) {                                                                                       \
+                float noise = (float)(int32_t)(mix32(key + (uint32_t)j * 0x9e3779b9u) >> 8) * 0x1p-24f;                             \
+                out[j] = (int8_t)(int32_t)clamp(floorf(load_##T(row[j]) * multiplier + noise));                                     \
+            }                                                                                                                       \
+        } else if (given)                                                                                                           \
+            for (int64_t j = 0; j < k; j++) out[j] = (int8_t)bits_of(clamp(load_##T(row[j]) * multiplier) + 12582912.f);            \
+        else /* |x * 127 / absmax| rounds to 127 at most: no clamp */                                                               \
+            for (int64_t j = 0; j < k; j++) out[j] = (int8_t)bits_of(load_##T(row[j]) * multiplier + 12582912.f);                   \
+        return scale;                                                                                                               \
+    }                                                                                                                               \
+    void quantize_##T(const T *x, int64_t ldx, int8_t *codes, float *scales, int64_t m, int64_t k, const int64_t *seeds,            \
+                      int64_t rows_per_seed, const float *given, int threads)                                                       \
+    {                                                                                                                               \
+        _Pragma("omp parallel for schedule(static) num_threads(threads)")                                                           \
+        for (int64_t i = 0; i < m; i++)                                                                                             \
+            scales[i] = quantize_row_##T(x + i * ldx, codes + i * k, k, k, seeds ? seeds + i / rows_per_seed : 0,                   \
+                                         (uint32_t)(i % rows_per_seed), given ? given + i : 0);                                     \
     }
 
 #define EPILOGUE(T)                                                                                                        \
@@ -93,21 +97,26 @@ EPILOGUE(f16)
 
 #ifdef __AMX_INT8__
 #include <immintrin.h>
+#include <omp.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 int amx_enable(void) { return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0; }
 
-/* w (n, k) to panels of 16 channels: 64 bytes hold four consecutive k of each, as the tiles want them; zeros at the edges. */
-void amx_pack(const int8_t *w, int64_t n, int64_t k, int32_t *panels, int64_t kp, int threads)
+/* 32 channels of w (n, k), from channel c, as two panels of 16: 64 bytes hold four consecutive k of each channel, as tiles want
+ * them; zeros past the edges. Transposed anew in each call: a second copy of the weights would cost more than it saves. */
+static void amx_pack(const int8_t *w, int64_t c, int64_t n, int64_t k, int8_t *panels, int64_t kp)
 {
-    _Pragma("omp parallel for schedule(static) num_threads(threads)")
-    for (int64_t p = 0; p < (n + 31) / 32 * 2; p++) {
+    /* weights come from memory: they are read in order, as the hardware's prefetcher likes it, and transposed in the cache */
+    int8_t *stage = panels + 32 * kp;
+    memcpy(stage, w + c * k, (n - c < 32 ? n - c : 32) * k);
+    for (int p = 0; p < 2; p++) {
+        int64_t first = c + p * 16;
         for (int64_t j = 0; j < kp; j += 64) {
             __m512i r[16], t[16];
             __mmask64 mask = k - j >= 64 ? ~0ull : (1ull << (k - j)) - 1;
             for (int i = 0; i < 16; i++)
-                r[i] = p * 16 + i < n ? _mm512_maskz_loadu_epi8(mask, w + (p * 16 + i) * k + j) : _mm512_setzero_si512();
+                r[i] = first + i < n ? _mm512_maskz_loadu_epi8(mask, stage + (p * 16 + i) * k + j) : _mm512_setzero_si512();
             /* a 16 x 16 transpose of 4-byte words in four rounds */
             for (int i = 0; i < 16; i += 2) {
                 t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
@@ -124,10 +133,10 @@ void amx_pack(const int8_t *w, int64_t n, int64_t k, int32_t *panels, int64_t kp
                     t[i + h] = _mm512_shuffle_i32x4(r[i + h], r[i + h + 4], 0x88);
                     t[i + h + 4] = _mm512_shuffle_i32x4(r[i + h], r[i + h + 4], 0xdd);
                 }
-            int32_t *out = panels + (p * kp + j) * 4;
+            int8_t *out = panels + (p * kp + j) * 16;
             for (int i = 0; i < 8; i++) {
-                _mm512_store_si512(out + i % 4 * 16 + i / 4 * 64, _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88));
-                _mm512_store_si512(out + i % 4 * 16 + i / 4 * 64 + 128, _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd));
+                _mm512_store_si512(out + i % 4 * 64 + i / 4 * 256, _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88));
+                _mm512_store_si512(out + i % 4 * 64 + i / 4 * 256 + 512, _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd));
             }
         }
     }
@@ -155,36 +164,45 @@ static inline void amx_block(const int8_t *a, const int8_t *b, int64_t kp, int32
     _tile_stored(3, sums + 528, 128);
 }
 
-/* codes (m rounded up to 32, kp), panels of amx_pack; y (m, n) is written in blocks of rows that stay in the L2 cache. */
-#define AMX_MM(T)                                                                                                          \
-    void amx_mm_##T(const int8_t *codes, const float *x_scale, const int8_t *panels, const float *w_scale,                 \
-                    const float *bias, T *y, int64_t m, int64_t n, int64_t kp, int threads)                                \
+/* y (m, n) from x (m, k), or where x is NULL from codes and scales that are there already. codes (m rounded up to 32, kp) and
+ * scales (m) are scratch otherwise; panels is scratch of 64 * kp aligned bytes a thread. */
+#define AMX_LINEAR(T)                                                                                                      \
+    void amx_linear_##T(const T *x, int64_t ldx, int8_t *codes, float *scales, const int8_t *w, const float *w_scale,      \
+                        const float *bias, T *y, int8_t *panels, int64_t m, int64_t n, int64_t k, int64_t kp, int threads) \
     {                                                                                                                      \
-        const int64_t rows = 128, blocks = (m + rows - 1) / rows, pairs = (n + 31) / 32;                                   \
+        const int64_t rows = 256, blocks = (m + rows - 1) / rows, pairs = (n + 31) / 32;                                   \
         _Pragma("omp parallel num_threads(threads)")                                                                       \
         {                                                                                                                  \
+            if (x) {                                                                                                       \
+                _Pragma("omp for schedule(static)")                                                                        \
+                for (int64_t i = 0; i < m; i++) scales[i] = quantize_row_##T(x + i * ldx, codes + i * kp, k, kp, 0, 0, 0); \
+            }                                                                                                              \
             struct tiles config = {.palette = 1};                                                                          \
             for (int i = 0; i < 8; i++) { config.bytes[i] = 64; config.rows[i] = 16; }                                     \
             _tile_loadconfig(&config);                                                                                     \
             int32_t sums[1024] __attribute__((aligned(64)));                                                               \
+            int8_t *panel = panels + omp_get_thread_num() * 64 * kp;                                                       \
+            int64_t packed = -1;                                                                                           \
             _Pragma("omp for schedule(static)")                                                                            \
-            for (int64_t job = 0; job < blocks * pairs; job++) {                                                           \
-                int64_t first = job / pairs * rows, last = first + rows < m ? first + rows : m, c = job % pairs * 32;      \
+            for (int64_t job = 0; job < pairs * blocks; job++) {                                                           \
+                int64_t c = job / blocks * 32, first = job % blocks * rows, last = first + rows < m ? first + rows : m;    \
                 int64_t wide = n - c < 32 ? n - c : 32;                                                                    \
+                if (packed != c) amx_pack(w, c, n, k, panel, kp);                                                          \
+                packed = c;                                                                                                \
                 for (int64_t i = first; i < last; i += 32) {                                                               \
-                    amx_block(codes + i * kp, panels + c * kp, kp, sums);                                                  \
+                    amx_block(codes + i * kp, panel, kp, sums);                                                            \
                     for (int64_t r = i; r < i + 32 && r < last; r++) {                                                     \
                         const int32_t *s = sums + (r - i) * 32;                                                            \
                         T *out = y + r * n + c;                                                                            \
-                        if (wide == 32) row_##T(s, w_scale + c, x_scale[r], bias ? bias + c : 0, out, 32);                 \
-                        else row_##T(s, w_scale + c, x_scale[r], bias ? bias + c : 0, out, wide);                          \
+                        if (wide == 32) row_##T(s, w_scale + c, scales[r], bias ? bias + c : 0, out, 32);                  \
+                        else row_##T(s, w_scale + c, scales[r], bias ? bias + c : 0, out, wide);                           \
                     }                                                                                                      \
                 }                                                                                                          \
             }                                                                                                              \
             _tile_release();                                                                                               \
         }                                                                                                                  \
     }
-AMX_MM(f32)
-AMX_MM(bf16)
-AMX_MM(f16)
+AMX_LINEAR(f32)
+AMX_LINEAR(bf16)
+AMX_LINEAR(f16)
 #endif

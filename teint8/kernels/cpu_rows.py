@@ -39,11 +39,7 @@ def _has_amx() -> bool:
 
 
 def quantize(x: Tensor, codes: Tensor, scales: Tensor, seed: Tensor | None, scale: Tensor | None) -> None:
-    """Fill codes (M, K or wider, filled with zeros) and scales (M,) from x (M, K), whose rows are contiguous.
-
-    Args:
-        seed: (S,) as in the registry. scale: (M,) as in the registry.
-    """
+    """Fill codes (M, K) and scales (M,) from x (M, K), whose rows are contiguous; seed (S,) and scale (M,) as in the registry."""
     m, k = x.shape
     scale = None if scale is None else scale.contiguous()
     seed = None if seed is None else seed.contiguous()
@@ -51,7 +47,6 @@ def quantize(x: Tensor, codes: Tensor, scales: Tensor, seed: Tensor | None, scal
         x.data_ptr(),
         x.stride(0),
         codes.data_ptr(),
-        codes.stride(0),
         scales.data_ptr(),
         m,
         k,
@@ -62,27 +57,34 @@ def quantize(x: Tensor, codes: Tensor, scales: Tensor, seed: Tensor | None, scal
     )
 
 
-def amx_pack(w: Tensor, panels: Tensor) -> None:
-    """Fill panels (N rounded up to 32, K rounded up to 64) from contiguous codes w (N, K), in the order that tiles want."""
-    n, k = w.shape
-    _function("amx_pack")(w.data_ptr(), n, k, panels.data_ptr(), panels.shape[1], _threads(n * k))
+def amx_linear(
+    x: Tensor | None, codes: Tensor, scales: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, y: Tensor, panels: Tensor
+) -> None:
+    """Fill y (M, N) from x (M, K), quantizing its rows into codes and scales, or from these where x is None.
 
+    Args:
+        x: rows contiguous, in the dtype of y.
+        codes: int8 (M rounded up to 32, K rounded up to 64). scales: float32 (M,).
+        w: contiguous int8 (N, K). w_scale, bias: contiguous float32 (N,).
+        panels: scratch, int8 (64 times the number of threads, K rounded up to 64), aligned to 64 bytes.
 
-def amx_mm(codes: Tensor, x_scale: Tensor, panels: Tensor, w_scale: Tensor, bias: Tensor | None, y: Tensor) -> None:
-    """Fill y (M, N) from codes (M rounded up to 32, K rounded up to 64), panels of ``amx_pack``, float32 scales and bias."""
-    m, n = y.shape
-    k = codes.shape[1]
-    _function(f"amx_mm_{DTYPES[y.dtype]}")(
+    """
+    (m, n), k = y.shape, w.shape[1]
+    _function(f"amx_linear_{DTYPES[y.dtype]}")(
+        None if x is None else x.data_ptr(),
+        0 if x is None else x.stride(0),
         codes.data_ptr(),
-        x_scale.data_ptr(),
-        panels.data_ptr(),
+        scales.data_ptr(),
+        w.data_ptr(),
         w_scale.data_ptr(),
         None if bias is None else bias.data_ptr(),
         y.data_ptr(),
+        panels.data_ptr(),
         m,
         n,
         k,
-        _threads(m * n * k // 64),
+        codes.shape[1],
+        min(_threads(m * n * k // 64), panels.shape[0] // 64),
     )
 
 
@@ -113,11 +115,10 @@ def _function(name: str) -> Callable[..., None]:
     pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     function = getattr(_load(), name)
     function.argtypes = {
-        "quantize": [pointer, size, pointer, size, pointer, size, size, pointer, size, pointer, number],
+        "quantize": [pointer, size, pointer, pointer, size, size, pointer, size, pointer, number],
         "epilogue": [*[pointer] * 5, size, size, number],
-        "amx_pack": [pointer, size, size, pointer, size, number],
-        "amx_mm": [*[pointer] * 6, size, size, size, number],
-    }[name.rpartition("_")[0] if name != "amx_pack" else name]
+        "amx_linear": [pointer, size, *[pointer] * 7, size, size, size, size, number],
+    }[name.rpartition("_")[0]]
     function.restype = None
     callable_: Callable[..., None] = function
     return callable_

@@ -6,13 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from teint8 import numerics
+from teint8 import _torch, numerics
 from teint8.kernels import cpu_rows
 from teint8.ops.registry import Problem, register
 
 _CHUNK = 128  # rows whose int32 sums are held at once: they stay in the L2 cache
-_AMX_ROWS = 1024  # rows at a time on AMX tiles, which take the sums to the result themselves
-_KEEP = 1 << 24  # bytes of scratch that a thread keeps
+_AMX_BYTES = 1 << 20  # of codes that are multiplied at once on AMX tiles: they stay in the L2 cache
+_KEEP = 1 << 25  # bytes of scratch that a thread keeps, and of results
+_LEAST = 1 << 17  # bytes from which the C library asks the system for fresh pages
 
 
 class _Scratch(threading.local):
@@ -46,7 +47,39 @@ class _Scratch(threading.local):
         return buffer[:size].view(rows, columns)
 
 
+class _Results(threading.local):
+    """Memory for large results, used again when nobody holds the tensor that it was given out for, nor a view of it.
+
+    Fresh memory comes from the system page by page: for a result of a megabyte that takes as long as the matmul.
+    """
+
+    def __init__(self) -> None:
+        self.held: list[torch.UntypedStorage] = []
+
+    def empty(self, m: int, n: int, dtype: torch.dtype) -> Tensor:
+        """(m, n) of unspecified content."""
+        size = m * n * dtype.itemsize
+        if not _LEAST <= size <= _KEEP:
+            return torch.empty(m, n, dtype=dtype)
+        for i, storage in enumerate(self.held):
+            if storage.nbytes() == size and _torch.storage_uses(storage) == 1:
+                self.held.append(self.held.pop(i))  # the longest unused is dropped first
+                return torch.empty(0, dtype=dtype).set_(storage, 0, (m, n))  # type: ignore[call-overload]
+        y = torch.empty(m, n, dtype=dtype)
+        self.held.append(y.untyped_storage())
+        while sum(storage.nbytes() for storage in self.held) > _KEEP:
+            self.held.pop(0)
+        return y
+
+
 _scratch = _Scratch()
+_results = _Results()
+
+
+def _float32(bias: Tensor | None) -> Tensor | None:
+    if bias is None or (bias.dtype == torch.float32 and bias.is_contiguous()):
+        return bias
+    return bias.detach().float().contiguous()
 
 
 def _up(size: int, multiple: int) -> int:
@@ -57,14 +90,12 @@ def _linear_c(x: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None, dtype: tor
     """A chunk of rows at a time: codes and sums stay in the cache, only the result is fresh memory."""
     (m, k), n = x.shape, wq.shape[0]
     x, ws, w = (x if x.stride(1) == 1 else x.contiguous()), ws.contiguous(), wq.t()
-    bias = None if bias is None else bias.detach().float().contiguous()
-    y = torch.empty(m, n, dtype=dtype)
+    bias = _float32(bias)
+    y = _results.empty(m, n, dtype)
     for i in range(0, m, _CHUNK):
         rows = min(_CHUNK, m - i)
         xi, yi = (x, y) if rows == m else (x[i : i + rows], y[i : i + rows])
-        codes, scales, sums = _scratch.get(
-            codes=(torch.int8, rows, k), scales=(torch.float32, 1, rows), sums=(torch.int32, rows, n)
-        )
+        codes, scales, sums = _scratch.get(codes=(torch.int8, rows, k), scales=(torch.float32, 1, rows), sums=(torch.int32, rows, n))
         cpu_rows.quantize(xi, codes, scales, None, None)
         torch._int_mm(codes, w, out=sums)
         cpu_rows.epilogue(sums, scales, ws, bias, yi)
@@ -82,22 +113,23 @@ def _mm_amx(xq: Tensor, xs: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None,
 def _on_tiles(x: Tensor, xs: Tensor | None, wq: Tensor, ws: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """x as floats, or as codes with their scales."""
     (m, k), n = x.shape, wq.shape[0]
-    wq, ws = wq.contiguous(), ws.contiguous()
-    bias = None if bias is None else bias.detach().float().contiguous()
-    chunk, kp = min(m, _AMX_ROWS), _up(k, 64)
+    kp = _up(k, 64)
+    chunk = min(m, max(_AMX_BYTES // kp // 32 * 32, 256))
     codes, scales, panels = _scratch.get(
-        codes=(torch.int8, _up(chunk, 32), kp), scales=(torch.float32, 1, chunk), panels=(torch.int8, _up(n, 32), kp)
+        codes=(torch.int8, _up(chunk, 32), kp),
+        scales=(torch.float32, 1, chunk),
+        panels=(torch.int8, 64 * torch.get_num_threads(), kp),
     )
-    cpu_rows.amx_pack(wq, panels)
-    y = torch.empty(m, n, dtype=dtype)
+    wq, ws, bias = wq.contiguous(), ws.contiguous(), _float32(bias)
+    y = _results.empty(m, n, dtype)
     for i in range(0, m, chunk):
         rows = min(chunk, m - i)
         xi, yi = (x, y) if rows == m else (x[i : i + rows], y[i : i + rows])
         if xs is None:
-            cpu_rows.quantize(xi, codes, scales, None, None)
+            cpu_rows.amx_linear(xi, codes, scales, wq, ws, bias, yi, panels)
         else:
             codes[:rows, :k].copy_(xi)
-        cpu_rows.amx_mm(codes, scales if xs is None else xs[i : i + rows], panels, ws, bias, yi)
+            cpu_rows.amx_linear(None, codes, xs[i : i + rows], wq, ws, bias, yi, panels)
     return y
 
 
@@ -116,7 +148,7 @@ def _quantize_c_why_not(problem: Problem) -> str | None:
 
 def _mm_c(xq: Tensor, xs: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     x, w = xq[0].contiguous(), wq[0].t()
-    (m, k), n = x.shape, w.shape[1]
+    m, n = x.shape[0], w.shape[1]
     xs, ws = xs[0].contiguous(), ws[0].contiguous()
     bias = None if bias is None else bias[0].float().contiguous()
     y = torch.empty(1, m, n, dtype=dtype)
@@ -157,7 +189,8 @@ def _onednn_why_not(problem: Problem) -> str | None:
 
 def _mm_float(xq: Tensor, xs: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Batched: a float32 matmul holds the sums exactly below 2^24, K <= 1040; torch has no batched INT8 matmul on the CPU."""
-    y = (xq.float() @ wq.float().mT).mul_(ws.unsqueeze(1)).mul_(xs.unsqueeze(2))
+    sums = (xq.float() @ wq.float().mT).add_(0.0)  # -0.0 + 0.0 is 0.0, as an integer's zero is
+    y = sums.mul_(ws.unsqueeze(1)).mul_(xs.unsqueeze(2))
     return (y if bias is None else y.add_(bias.float().unsqueeze(1))).to(dtype)
 
 

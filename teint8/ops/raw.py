@@ -87,7 +87,7 @@ def fused_linear(x: Tensor, w_codes: Tensor, w_scale: Tensor, bias: Tensor | Non
         x: (..., K), any float dtype. The rest as for ``int8_mm``, with w_codes (N, K).
 
     """
-    if w_codes.ndim != 2 or not _direct(x, w_codes, bias) or 0 in x.shape:
+    if w_codes.ndim != 2 or dtype != x.dtype or not _direct(x, w_codes, bias) or 0 in x.shape:
         return None
     n, k = w_codes.shape
     m = x.numel() // k

@@ -57,6 +57,7 @@ class Implementation:
 
 
 _implementations: dict[str, list[Implementation]] = {op: [] for op in OPS}
+_registered = [0]
 _selected: dict[tuple[str, Problem], Implementation | None] = {}  # choices made so far; forgotten when one is registered
 
 
@@ -100,7 +101,13 @@ def register(
     others = [i for i in _implementations[op] if i.name != name]
     _implementations[op] = sorted([*others, added], key=lambda i: -i.priority)
     _selected.clear()
+    _registered[0] += 1
     return added
+
+
+def generation() -> int:
+    """A number that grows with each registration: what was chosen under an older one may be chosen anew."""
+    return _registered[0]
 
 
 def implementations(op: str) -> tuple[Implementation, ...]:

@@ -193,7 +193,8 @@ def _ran_as(x: Tensor, value: Any, rule: Rule) -> str:
         return "dequantized"
     n = value.shape[-2] if not isinstance(value, QTensor) or value.axis == -1 else value.shape[-1]
     problem = problem_of(x, n, value.ndim)
-    return ops.select("int8_mm", problem._replace(dtype=_autocast_dtype(x) or x.dtype)).name
+    problem = problem._replace(dtype=_autocast_dtype(x) or x.dtype)
+    return ops.select("int8_mm", problem).name
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -1,0 +1,89 @@
+"""What the CPU's implementations keep: scratch and memory for results."""
+
+import threading
+
+import pytest
+import torch
+from contract import different
+from torch import nn
+
+from teint8 import ops, te_int8_autocast
+from teint8.kernels import cpu_rows
+from teint8.ops import cpu, registry
+
+
+def test_results_are_never_shared_while_they_are_held() -> None:
+    """Large results reuse memory; a tensor, a view, a numpy array or a gradient graph that holds one keeps it."""
+    layer, x = nn.Linear(256, 512), torch.randn(512, 256)
+    with torch.inference_mode(), te_int8_autocast(training=False):
+        first = layer(x)
+        value = first.clone()
+        view, array = layer(x + 1)[3:5], layer(x + 2).numpy()
+        held, kept = view.clone(), array.copy()
+        for i in range(20):
+            layer(x * i)
+        again = [layer(x) for _ in range(5)]
+        assert torch.equal(first, value) and torch.equal(view, held) and (array == kept).all()
+        assert len({y.data_ptr() for y in [first, view, *again]}) == 7 and all(torch.equal(y, value) for y in again)
+        place = layer(x).data_ptr()
+        assert layer(x).data_ptr() == place  # nobody held it
+
+
+def test_results_outlive_inference_mode() -> None:
+    layer, x = nn.Linear(256, 512), torch.randn(512, 256)
+    for context in (torch.inference_mode, torch.no_grad) * 2:
+        with context(), te_int8_autocast(training=False):
+            y = layer(x)
+    assert not y.is_inference() and y.add_(1).shape == (512, 512)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_fused_linear_over_many_chunks(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_AMX_BYTES", 1 << 14)
+    x, w, bias = torch.randn(700, 130).to(dtype), torch.randn(70, 130).to(dtype), torch.randn(70).to(dtype)
+    want = ops.linear(x, w, bias, impl="reference")
+    (wq, ws), problem = ops.quantize(w), registry.Problem("cpu", dtype, 1, 700, 70, 130)
+    ran = [i for i in registry.implementations("linear") if registry.why_not(i, problem) is None]
+    for implementation in ran:
+        assert different(implementation.run(x, wq, ws, bias, dtype), want) == 0, implementation.name
+    if cpu_rows.why_not() is None:
+        assert ran
+
+
+def test_threads_have_scratch_of_their_own() -> None:
+    layer, xs = nn.Linear(256, 512), [torch.randn(512, 256) for _ in range(4)]
+    want = [ops.linear(x, layer.weight.detach(), layer.bias.detach(), impl="reference") for x in xs]
+    right: list[bool] = []
+
+    def work(n: int) -> None:
+        with torch.inference_mode(), te_int8_autocast(training=False):
+            right.extend(torch.equal(layer(xs[n]), want[n]) for _ in range(25))
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert right == [True] * 100
+
+
+def test_without_a_compiler_the_torch_paths_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_rows, "why_not", lambda: "no C compiler was found (install gcc, or set CC)")
+    registry._selected.clear()
+    try:
+        problem = registry.Problem("cpu", torch.float32, 1, 40, 20, 60)
+        assert registry.select("int8_mm", problem).name == "cpu-onednn"
+        assert registry.select("quantize", problem._replace(n=0)).name == "reference"
+        assert registry.best("linear", problem) is None
+        x, w = torch.randn(40, 60), torch.randn(20, 60)
+        assert different(ops.linear(x, w), ops.linear(x, w, impl="reference")) == 0
+    finally:
+        registry._selected.clear()
+
+
+def test_autocast_to_another_dtype_is_not_fused() -> None:
+    layer, x = nn.Linear(64, 32), torch.randn(40, 64)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16), te_int8_autocast(training=False):
+        y = layer(x)
+    want = ops.linear(x, layer.weight.detach(), layer.bias.detach(), impl="reference", dtype=torch.bfloat16)
+    assert different(y, want) == 0
