@@ -12,7 +12,7 @@ from teint8.ops.registry import Problem, register
 
 _CHUNK = 128  # rows whose int32 sums are held at once: they stay in the L2 cache
 _AMX_BYTES = 1 << 20  # of codes that are multiplied at once on AMX tiles: they stay in the L2 cache
-_KEEP = 1 << 25  # bytes of scratch that a thread keeps, and of results
+_KEEP = 1 << 26  # bytes of scratch that a thread keeps, and of results
 _LEAST = 1 << 17  # bytes from which the C library asks the system for fresh pages
 
 
@@ -64,7 +64,7 @@ class _Results(threading.local):
         for i, storage in enumerate(self.held):
             if storage.nbytes() == size and _torch.storage_uses(storage) == 1:
                 self.held.append(self.held.pop(i))  # the longest unused is dropped first
-                return torch.empty(0, dtype=dtype).set_(storage, 0, (m, n))  # type: ignore[call-overload]
+                return torch.empty(0, dtype=dtype).set_(storage, 0, (m, n))  # type: ignore[call-overload,no-any-return]
         y = torch.empty(m, n, dtype=dtype)
         self.held.append(y.untyped_storage())
         while sum(storage.nbytes() for storage in self.held) > _KEEP:
