@@ -55,7 +55,7 @@ class _Held:
     def get(self, weight: Tensor, axis: int, granularity: str) -> QTensor:
         """The packed weight: the one that is held while the weight is what was packed, in every way, else a new one."""
         # the version counts in-place edits; address, layout and storage tell .to() and .data = ...
-        place = (weight._version, weight.data_ptr(), weight.stride(), weight.dtype)
+        place = (weight._version, weight.data_ptr(), weight.shape, weight.stride(), weight.dtype)
         entry = self.packed.get((axis, granularity))
         if entry is None or entry.place != place or entry.storage.expired():
             with torch.inference_mode(False):
@@ -154,7 +154,8 @@ class te_int8_autocast(Route):
         if not lean or weight.transposed or self._paths_matter:
             return super().multiply(op, x, weight, axis, bias, float_call, rows)
         owner, held = weight.held
-        key = (self._policy, registry.generation(), op, x.shape, x.dtype, bias is None)
+        known = (owner.shape, owner.dtype, owner.device, None if bias is None else (bias.shape, bias.device))
+        key = (self._policy, registry.generation(), op, x.shape, x.dtype, x.device, known)
         plan = held.plans.get(key)
         if plan is None:  # decided by the long way, once
             self._plan(key, op, x, weight, bias)

@@ -176,6 +176,25 @@ def test_the_cache_follows_the_weights(name: str, edit, device: str) -> None:
     assert name == "to" or not torch.equal(served, first)
 
 
+def test_plans_follow_shapes_dtypes_and_biases() -> None:
+    """A call that would be refused is refused again after one like it was served."""
+    layer, x = nn.Linear(24, 32), torch.randn(16, 24)
+    with torch.no_grad(), te_int8_autocast(training=False):
+        first = layer(x)
+        assert torch.equal(layer(x), first)
+        layer.bias.data = torch.zeros(8)
+        with pytest.raises(ValueError, match="bias"):
+            layer(x)
+        layer.bias = None
+        assert layer(x).shape == (16, 32)
+        layer.weight.data = layer.weight.data[:8]
+        assert layer(x).shape == (16, 8) and torch.equal(layer(x), layer(torch.cat([x, x]))[:16])
+        layer.bfloat16()
+        with pytest.raises(TypeError, match="bfloat16"):
+            layer(x)
+        assert layer(x.bfloat16()).dtype == torch.bfloat16
+
+
 def test_weights_are_packed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from teint8 import autocast
 

@@ -29,6 +29,15 @@ def test_results_are_never_shared_while_they_are_held() -> None:
         assert layer(x).data_ptr() == place  # nobody held it
 
 
+def test_shared_memory_is_not_used_again() -> None:
+    layer, x = nn.Linear(256, 512), torch.randn(512, 256)
+    with torch.inference_mode(), te_int8_autocast(training=False):
+        y = layer(x).share_memory_()
+        place = y.data_ptr()
+        del y
+        assert all(layer(x).data_ptr() != place for _ in range(5))
+
+
 def test_results_outlive_inference_mode() -> None:
     layer, x = nn.Linear(256, 512), torch.randn(512, 256)
     for context in (torch.inference_mode, torch.no_grad) * 2:

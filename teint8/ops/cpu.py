@@ -50,7 +50,8 @@ class _Scratch(threading.local):
 class _Results(threading.local):
     """Memory for large results, used again when nobody holds the tensor that it was given out for, nor a view of it.
 
-    Fresh memory comes from the system page by page: for a result of a megabyte that takes as long as the matmul.
+    Fresh memory comes from the system page by page: for a result of a megabyte that takes as long as the matmul. Memory that was
+    shared with another process is not used again: nobody here knows who reads it.
     """
 
     def __init__(self) -> None:
@@ -62,7 +63,7 @@ class _Results(threading.local):
         if not _LEAST <= size <= _KEEP:
             return torch.empty(m, n, dtype=dtype)
         for i, storage in enumerate(self.held):
-            if storage.nbytes() == size and _torch.storage_uses(storage) == 1:
+            if storage.nbytes() == size and _torch.storage_uses(storage) == 1 and not storage.is_shared():
                 self.held.append(self.held.pop(i))  # the longest unused is dropped first
                 return torch.empty(0, dtype=dtype).set_(storage, 0, (m, n))  # type: ignore[call-overload,no-any-return]
         y = torch.empty(m, n, dtype=dtype)
