@@ -7,6 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import teint8
+
 COMPILED = [name for name in grid.TRANSFORMS if name not in ("grad_grad", "checkpoint")]
 PROGRAMS = ["mlp", "encoder", "function"]
 
@@ -82,3 +84,30 @@ def test_compiled_equals_eager(program: str, transform: str, device: str) -> Non
     want = run(qfn, params, x)
     assert grid.relative_error(got, want) < 1e-5
     assert all(float(t.norm()) > 0 for t in torch.utils._pytree.tree_leaves(got))
+
+
+@pytest.mark.parametrize("policy", ["training", "switchback", "weight_only", "simulate", "stochastic"])
+def test_other_policies_compiled_equal_eager(policy: str, device: str) -> None:
+    rounded = teint8.Policy([teint8.Rule(gradient=teint8.Quant(rounding="stochastic"))])
+    chosen = rounded if policy == "stochastic" else teint8.Policy.preset(policy)
+    qfn, params, x = grid.programs("mlp", chosen, device)
+    run = lambda p, x: torch.func.grad_and_value(grid.loss_of(qfn, x))(p)
+    torch._dynamo.reset()
+    got, want = torch.compile(run, fullgraph=True)(params, x), run(params, x)
+    # stochastic rounding draws other numbers in compiled code
+    assert grid.relative_error(got, want) < (0.1 if policy == "stochastic" else 1e-5)
+    assert all(float(t.norm()) > 0 for t in torch.utils._pytree.tree_leaves(got))
+
+
+def test_compiled_backward_outside_and_packed_weights(device: str) -> None:
+    qfn, params, x = grid.programs("mlp", device=device)
+    leaves = {k: v.clone().requires_grad_() for k, v in params.items()}
+    torch._dynamo.reset()
+    compiled = torch.compile(qfn, fullgraph=True)
+    got = torch.autograd.grad(compiled(leaves, x).square().mean(), leaves.values())
+    want = torch.func.grad(grid.loss_of(qfn, x))(params)
+    assert grid.relative_error(list(got), list(want.values())) < 1e-5
+    packed = teint8.pack(qfn, params)
+    xs = x.clone().requires_grad_()
+    (gx,) = torch.autograd.grad(compiled(packed, xs).square().mean(), xs)
+    assert grid.relative_error(gx, torch.func.grad(lambda x: qfn(packed, x).square().mean())(x)) < 1e-5
