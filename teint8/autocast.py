@@ -115,7 +115,7 @@ class te_int8_autocast(Route):
         self.replays_reentrant = training
         # a path depends on the outermost module: it is looked up anew in each context only where rules depend on it
         self._paths_matter = any(rule.path != "*" for rule in self.policy.rules)
-        self._paths = WeakTensorKeyDictionary()
+        self._paths: Any = WeakTensorKeyDictionary() if self._paths_matter else None
 
     def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Decorate: each call of ``function`` runs inside this context."""

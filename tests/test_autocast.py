@@ -278,6 +278,22 @@ def test_compiled_models_in_a_context() -> None:
         assert (compiled(x) - int8).norm() / int8.norm() < 1e-5
 
 
+def test_a_context_inside_of_a_compiled_function() -> None:
+    model, x = mlp(), torch.randn(5, 24)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        with te_int8_autocast():
+            return model(x)
+
+    want = torch.autograd.grad(run(x).square().mean(), list(model.parameters()))
+    torch._dynamo.reset()
+    y = torch.compile(run, fullgraph=True)(x)
+    got = torch.autograd.grad(y.square().mean(), list(model.parameters()))
+    for g, w in zip(got, want, strict=True):
+        assert float(w.norm()) > 0 and (g - w).norm() / w.norm() < 1e-5
+    assert not torch.equal(model(x), y)
+
+
 def test_threads_with_policies_of_their_own() -> None:
     """8 threads, 200 contexts each over a shared model, with exceptions in between: every result is the single-threaded one."""
     model, x = mlp(), torch.randn(5, 24)
