@@ -1,5 +1,6 @@
 """Every private torch API that teint8 leans on, each with the versions it was seen on (2.11, 2.13) and a test."""
 
+import inspect
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -19,11 +20,13 @@ def in_transform() -> bool:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def needs_math_attention() -> bool:
-    """Whether a transform is running that torch's fused attention has no rule for: jvp, or two derivatives."""
+def needs_math_attention(device: str) -> bool:
+    """Whether a transform is running that torch's fused attention has no rule for: jvp, two derivatives, on the CPU vmap."""
     stack = torch._C._functorch.get_interpreter_stack() or ()
     kinds = [level.key() for level in stack]
     transform = torch._C._functorch.TransformType
+    if device == "cpu" and transform.Vmap in kinds:
+        return True
     return transform.Jvp in kinds or kinds.count(transform.Grad) > 1 or forward_ad_level() >= 0
 
 
@@ -33,8 +36,10 @@ def forward_ad_level() -> int:
 
 
 def is_plain(x: Tensor) -> bool:
-    """Whether ``x`` is a real, unwrapped tensor: no subclass (fake, functional, DTensor), no torch.func wrapper."""
-    return type(x) in (Tensor, torch.nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    """Whether ``x`` is a real, strided tensor: no subclass (fake, functional, DTensor), torch.func wrapper or lazy sign."""
+    if type(x) not in (Tensor, torch.nn.Parameter) or torch._C._functorch.is_functorch_wrapped_tensor(x):
+        return False
+    return x.layout is torch.strided and not x.is_neg()
 
 
 def no_dispatch_modes() -> bool:
@@ -49,28 +54,33 @@ def storage_ref(x: Tensor) -> Any:
     return StorageWeakRef(x.untyped_storage())
 
 
-def replay_in_checkpoint(route: Any) -> None:
-    """Make a checkpoint that is being recorded recompute under ``route``, also after its context has ended.
+def replay_in_checkpoints(route: Any, entered: int) -> None:
+    """Make the checkpoints that are being recorded recompute under ``route``, also after its context has ended.
 
-    torch.utils.checkpoint restores torch.autocast and the random state when it recomputes, but no other mode. What it will
-    call again is found where each variant keeps it: without reentry, in the frame of the innermost saved-tensors hook; with
-    reentry, in the autograd context of the running ``CheckpointFunction.forward``. Where neither is found nothing is done,
-    and torch raises a CheckpointError for the tensors that then differ.
+    torch.utils.checkpoint restores torch.autocast and the random state when it recomputes, but no other mode. The checkpoints are
+    found on the Python stack, where each variant keeps what it will call again: with reentry the autograd context of
+    ``CheckpointFunction.forward``, without it the object that the generator of ``checkpoint`` holds. Only those inside of the
+    frame that entered the route count: others enter it again themselves.
+
+    Args:
+        entered: id of the frame that entered the route.
+
     """
-    recording = torch.is_grad_enabled()
-    if not (recording or route.replays_reentrant) or torch.compiler.is_compiling() or in_transform():
+    if torch.compiler.is_compiling() or in_transform():
         return
-    if recording:
-        hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-        cells = getattr(hooks[0], "__closure__", None) if hooks else None
-        for cell in cells or ():
-            _replay(cell.cell_contents, "recompute_fn", route)
-    else:
-        frame = sys._getframe(1)
-        while frame is not None:
-            if frame.f_code is torch.utils.checkpoint.CheckpointFunction.forward.__code__:
-                _replay(frame.f_locals["ctx"], "run_function", route)
-            frame = frame.f_back  # type: ignore[assignment]
+    frame = sys._getframe(1)
+    while frame is not None and id(frame) != entered:
+        if frame.f_code is _REENTRANT:
+            _replay(frame.f_locals["ctx"], "run_function", route)
+        elif frame.f_code is _NON_REENTRANT and "gen" in frame.f_locals:
+            generator = frame.f_locals["gen"].gi_frame
+            if generator is not None:
+                _replay(generator.f_locals.get("new_frame"), "recompute_fn", route)
+        frame = frame.f_back  # type: ignore[assignment]
+
+
+_REENTRANT = torch.utils.checkpoint.CheckpointFunction.forward.__code__
+_NON_REENTRANT = inspect.unwrap(torch.utils.checkpoint.checkpoint).__code__
 
 
 def _replay(holder: Any, name: str, route: Any) -> None:
@@ -112,5 +122,5 @@ def marks_differentiable() -> bool:
 
 
 def storage_uses(storage: torch.UntypedStorage) -> int:
-    """How many tensors, views and handles share the memory of a storage; 1 where this handle is all that is left."""
+    """How many tensors and views share the memory of a storage, and one for its handle in Python."""
     return int(torch._C._storage_Use_Count(storage._cdata))

@@ -1,22 +1,25 @@
 """``te_int8_autocast``: the stateful shell. It keeps a policy, a receipt and a cache of packed weights, and nothing else."""
 
 import functools
+import inspect
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from teint8 import _torch, ops
-from teint8.ops import registry
+from teint8.ops import cpu, registry
 from teint8.policy import Policy, Rule
 from teint8.qtensor import QTensor
 from teint8.transforms import callsite
 from teint8.transforms.pack import pack_weight
 from teint8.transforms.receipt import Receipt
-from teint8.transforms.route import Operand, Route
+from teint8.transforms.route import HANDLERS, Operand, Route, mode_of
 
 
 class CacheInfo(NamedTuple):
@@ -61,6 +64,7 @@ class _Held:
             with torch.inference_mode(False):
                 made = pack_weight(weight, axis, granularity)
             entry = self.packed[axis, granularity] = _Entry(place, _torch.storage_ref(weight), made)
+            _follow_optimizers()
         return entry.packed
 
 
@@ -68,6 +72,12 @@ _held = WeakTensorKeyDictionary()
 _lock = threading.Lock()
 _policies: dict[Policy, int] = {}  # numbers for policies: a number is quick to hash
 _QAT, _FLOAT = Policy.qat(), Policy()
+
+
+@torch.compiler.disable(reason="te_int8_autocast has rules with paths; compile teint8.quantize(model, policy), which knows them")  # type: ignore[untyped-decorator]
+def _outside_of_dynamo(route: Route, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+    """Paths are read from the modules on the Python stack, and compiled code has none."""
+    return Route.__torch_function__(route, func, types, args, kwargs)
 
 
 class te_int8_autocast(Route):
@@ -85,6 +95,9 @@ class te_int8_autocast(Route):
 
     Attributes:
         receipt: what ran so far, and how.
+
+    In compiled code calls are not recorded, and a policy with paths runs outside of the graph: compile
+    ``teint8.quantize(model, policy)`` instead, which knows the paths of its parameters.
 
     Contexts nest, the innermost counts; they belong to the thread that entered them. ``loss.backward()`` may follow outside, also
     through torch.utils.checkpoint.
@@ -105,14 +118,16 @@ class te_int8_autocast(Route):
         for name, value in (("training", training), ("enabled", enabled), ("strict", strict)):
             if not isinstance(value, bool):
                 hint = "; as a decorator write @te_int8_autocast()" if callable(value) else ""
+                hint = "; the model is not an argument: call it inside of the context" if isinstance(value, nn.Module) else hint
+                hint = "; write te_int8_autocast(policy=...)" if isinstance(value, Policy) else hint
+                value = type(value).__name__ if isinstance(value, nn.Module) else value
                 raise TypeError(f"te_int8_autocast: {name} is {value!r}; True or False is needed{hint}")
         if policy is not None and not isinstance(policy, Policy):
             raise TypeError(f"te_int8_autocast: policy is {policy!r}; a Policy is needed, such as Policy.training()")
         chosen = _QAT if policy is None else policy
         super().__init__(chosen if enabled else _FLOAT, strict and enabled, Receipt())
-        self._policy = _policies.setdefault(self.policy, len(_policies))
+        self._policy = None if torch.compiler.is_compiling() else _number(self.policy)
         self.training = training
-        self.replays_reentrant = training
         # a path depends on the outermost module: it is looked up anew in each context only where rules depend on it
         self._paths_matter = any(rule.path != "*" for rule in self.policy.rules)
         self._paths: Any = WeakTensorKeyDictionary() if self._paths_matter else None
@@ -121,6 +136,12 @@ class te_int8_autocast(Route):
         """Decorate: each call of ``function`` runs inside this context."""
         if not callable(function):
             raise TypeError(f"te_int8_autocast: {function!r} cannot be decorated; a function is needed")
+
+        if inspect.isgeneratorfunction(function) or inspect.iscoroutinefunction(function):
+            raise TypeError(
+                f"te_int8_autocast: {function.__qualname__} is a generator or a coroutine, which runs after the call; "
+                "write the with block inside of it"
+            )
 
         @functools.wraps(function)
         def inside(*args: Any, **kwargs: Any) -> Any:
@@ -131,8 +152,16 @@ class te_int8_autocast(Route):
 
     def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
         super().__exit__(exc_type, exc_value, traceback)
-        if exc_type is None:
-            self.check_matched()
+        if exc_type is None and not torch.compiler.is_compiling() and not self._entered():
+            self.finish()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._paths_matter and func in HANDLERS:
+            return _outside_of_dynamo(self, func, types, args, kwargs)
+        return super().__torch_function__(func, types, args, kwargs)
+
+    def __repr__(self) -> str:
+        return f"te_int8_autocast(training={self.training}, policy={self.policy!r}, strict={self.strict})"
 
     def operand(self, t: Any) -> Operand | None:
         if isinstance(t, nn.Parameter):
@@ -151,7 +180,7 @@ class te_int8_autocast(Route):
 
     def multiply(self, op: str, x: Any, weight: Operand, axis: int, bias: Any, float_call: Any, rows: Any = None) -> Any:
         lean = weight.held is not None and axis == -1 and rows is None and not self.training and _is_inference(x, bias)
-        if not lean or weight.transposed or self._paths_matter:
+        if not lean or self._policy is None or weight.transposed or self._paths_matter or weight.held[0].is_inference():
             return super().multiply(op, x, weight, axis, bias, float_call, rows)
         owner, held = weight.held
         known = (owner.shape, owner.dtype, owner.device, None if bias is None else (bias.shape, bias.device))
@@ -161,7 +190,8 @@ class te_int8_autocast(Route):
             self._plan(key, op, x, weight, bias)
             return super().multiply(op, x, weight, axis, bias, float_call, rows)
         self.matched.add(plan.rule)
-        self.receipt.add(plan.fields)  # type: ignore[union-attr]
+        if self.receipt is not None:
+            self.receipt.add(plan.fields)
         codes, scale = held.get(owner, -1, plan.granularity).rows()
         y = plan.implementation.run(x.reshape(-1, x.shape[-1]), codes, scale, bias, x.dtype)
         return y.view(*x.shape[:-1], plan.channels)
@@ -180,13 +210,8 @@ class te_int8_autocast(Route):
         if implementation is not None:
             if len(held.plans) > 64:
                 held.plans.clear()
-            fields = (weight.path, op, m, n, k, 1, implementation.name, "")
+            fields = (weight.path, op, m, n, k, 1, implementation.name, mode_of(rule), "")
             held.plans[key] = _Plan(self.policy.rules.index(rule), implementation, n, "row", fields)
-
-    def path(self, weight: Operand) -> str:
-        if torch.compiler.is_compiling():
-            self._check_paths()
-        return super().path(weight)
 
     def packed(self, weight: Operand, axis: int, granularity: str) -> Operand:
         if self.training or weight.held is None:
@@ -196,20 +221,15 @@ class te_int8_autocast(Route):
 
     def _path_of(self, owner: Tensor, held: _Held) -> str:
         if self._paths_matter:
-            path: str | None = self._paths.get(owner)
-            if path is None:
-                path = self._paths[owner] = callsite.path_of(owner)
-            return path
+            root = callsite.root_module()
+            seen, path = self._paths.get(owner, (None, ""))
+            if seen is None or seen() is not root:
+                path = callsite.path_of(owner)
+                self._paths[owner] = (_weak(root), path)
+            return str(path)
         if held.path is None:
             held.path = callsite.path_of(owner)
         return held.path
-
-    def _check_paths(self) -> None:
-        if any(rule.path != "*" for rule in self.policy.rules):
-            raise ValueError(
-                "te_int8_autocast: in compiled code there is no stack to read a weight's path from, and the policy has rules "
-                "with paths; compile teint8.quantize(model, policy) instead, which knows them"
-            )
 
     @staticmethod
     def cache_info() -> CacheInfo:
@@ -227,16 +247,40 @@ class te_int8_autocast(Route):
 
     @staticmethod
     def cache_clear() -> None:
-        """Forget every packed weight."""
+        """Forget every packed weight, and give back the memory that this thread keeps for results on the CPU."""
         with _lock:
             _held.clear()
+        cpu.release()
+
+
+def _number(policy: Policy) -> int:
+    with _lock:
+        return _policies.setdefault(policy, len(_policies))
+
+
+@functools.cache
+def _follow_optimizers() -> None:
+    """Drop what is packed of the weights that an optimizer steps: fused optimizers edit them without a new version."""
+
+    def drop(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                held = _held.get(parameter)
+                if held is not None:
+                    held.packed.clear()
+
+    register_optimizer_step_post_hook(drop)
+
+
+def _weak(root: nn.Module | None) -> Callable[[], nn.Module | None]:
+    return (lambda: None) if root is None else weakref.ref(root)
 
 
 def _is_inference(x: Any, bias: Any) -> bool:
     """Whether nothing but values is wanted: no gradient, transform, tracing or torch.autocast, and real tensors."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or not _torch.no_dispatch_modes():
         return False
-    if _torch.forward_ad_level() >= 0 or torch.is_autocast_enabled(x.device.type):
+    if _torch.forward_ad_level() >= 0 or x.is_meta or torch.is_autocast_enabled(x.device.type):
         return False
     return _torch.is_plain(x) and (bias is None or _torch.is_plain(bias))
 

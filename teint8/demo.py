@@ -48,7 +48,7 @@ def run(epochs: int) -> int:
     model = SimpleTransformer().to(device)
     print(f"{len(train[0])} images of handwritten digits to train on, {len(test[0])} to test on, {device}")
 
-    _fit(model, train, epochs, 1e-3, "float training", tqdm, enabled=False)
+    _fit(model, train, epochs, 1e-3, "float", tqdm, enabled=False)
     rows = [_row("float", model, test, enabled=False), _row("INT8 as it is", model, test, enabled=True)]
     _fit(model, train, max(epochs // 4, 1), 2e-4, "QAT", tqdm, enabled=True)
     rows.append(_row("INT8 after QAT", model, test, enabled=True))
@@ -67,7 +67,7 @@ def _fit(model: nn.Module, data: Any, epochs: int, rate: float, name: str, tqdm:
     optimizer = torch.optim.Adam(model.parameters(), lr=rate)
     batches = [order for _ in range(epochs) for order in torch.randperm(len(images)).split(64)]
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=len(batches))
-    with tqdm(batches, desc=f"{name:14s}", file=sys.stdout) as progress:
+    with tqdm(batches, desc=f"training, {name}", file=sys.stdout) as progress:
         for chosen in progress:
             optimizer.zero_grad()
             with teint8.te_int8_autocast(training=True, enabled=enabled):

@@ -328,7 +328,7 @@ def test_threads_with_policies_of_their_own() -> None:
         thread.join()
     assert not wrong
     alive = [weakref.ref(p) for p in model.parameters()]
-    model = None
+    model = threads = None
     gc.collect()
     assert not any(ref() is not None for ref in alive)
 

@@ -27,6 +27,10 @@ def test_results_are_never_shared_while_they_are_held() -> None:
         assert len({y.data_ptr() for y in [first, view, *again]}) == 7 and all(torch.equal(y, value) for y in again)
         place = layer(x).data_ptr()
         assert layer(x).data_ptr() == place  # nobody held it
+        y = layer(x)
+        storage = y.untyped_storage()
+        del y
+        assert layer(x + 3).data_ptr() != storage.data_ptr()
 
 
 def test_shared_memory_is_not_used_again() -> None:

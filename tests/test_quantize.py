@@ -290,6 +290,6 @@ def test_rules_by_path_and_the_receipt() -> None:
     assert float_["1.weight"] == "no rule matches"
     assert float_["0.layers.0.self_attn.in_proj_weight"] == "its rule leaves the weight in float"
     text = str(receipt)
-    assert "2 of 9 calls ran in INT8" in text and len(text.splitlines()) == 11
+    assert "2 of 9 calls ran in INT8" in text and len(text.splitlines()) == 12 and text.endswith("no call matched Rule('nowhere')")
     record = next(r for r in receipt if r.path == "0.layers.1.linear1.weight")
     assert (record.m, record.n, record.k, record.batch, record.op) == (18, 32, 16, 1, "linear")

@@ -10,7 +10,7 @@ def test_transforms_are_seen() -> None:
     seen = []
 
     def f(x: torch.Tensor) -> torch.Tensor:
-        seen.append((_torch.in_transform(), _torch.needs_math_attention(), _torch.is_plain(x)))
+        seen.append((_torch.in_transform(), _torch.needs_math_attention("cuda"), _torch.is_plain(x)))
         return x.sum()
 
     x = torch.ones(3)

@@ -41,10 +41,11 @@ def _int8_mm_kernel(
     HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr, WIDE_EVERY: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    batch = tl.program_id(1).to(tl.int64)
-    tile = tl.program_id(0)
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
+    # one dimension of the grid for both: the second one ends at 65535
+    batch = (tl.program_id(0) // (tiles_m * tiles_n)).to(tl.int64)
+    tile = tl.program_id(0) % (tiles_m * tiles_n)
     # tiles go in groups of GROUP rows of tiles, so that what they read is still in the L2 cache
     first = tile // (GROUP * tiles_n) * GROUP
     height = tl.minimum(tiles_m - first, GROUP)
@@ -104,7 +105,7 @@ def int8_mm(
     y = torch.empty((batch, m, n), dtype=inner, device=xq.device)
     b = y if bias is None else bias
     with torch.cuda.device_of(xq):
-        _int8_mm_kernel[(triton.cdiv(m, c.block_m) * triton.cdiv(n, c.block_n), batch)](
+        _int8_mm_kernel[(triton.cdiv(m, c.block_m) * triton.cdiv(n, c.block_n) * batch,)](
             xq, wq, xs, ws, b, y, m, n, k,
             xq.stride(0), xq.stride(1), wq.stride(0), wq.stride(1), xs.stride(0), xs.stride(1), ws.stride(0), ws.stride(1),
             b.stride(0), b.stride(1),

@@ -1,5 +1,6 @@
 """CPU implementations: AMX tiles, oneDNN's INT8 matmul; rows and epilogues in C where a compiler is at hand, else in torch."""
 
+import sys
 import threading
 from typing import Any
 
@@ -62,9 +63,12 @@ class _Results(threading.local):
         size = m * n * dtype.itemsize
         if not _LEAST <= size <= _KEEP:
             return torch.empty(m, n, dtype=dtype)
-        for i, storage in enumerate(self.held):
-            if storage.nbytes() == size and _torch.storage_uses(storage) == 1 and not storage.is_shared():
-                self.held.append(self.held.pop(i))  # the longest unused is dropped first
+        for i in reversed(range(len(self.held))):  # the latest is still in the cache
+            storage = self.held.pop(i)  # out of the list, so that this is its one holder if it is free
+            alone = sys.getrefcount(storage) == _ALONE and _torch.storage_uses(storage) == 1
+            free = alone and storage.nbytes() == size and not storage.is_shared()
+            self.held.insert(len(self.held) if free else i, storage)
+            if free:
                 return torch.empty(0, dtype=dtype).set_(storage, 0, (m, n))  # type: ignore[call-overload,no-any-return]
         y = torch.empty(m, n, dtype=dtype)
         self.held.append(y.untyped_storage())
@@ -73,8 +77,22 @@ class _Results(threading.local):
         return y
 
 
+def _references_of_one() -> int:
+    """What ``sys.getrefcount`` says of a storage that one local variable holds."""
+    storage = torch.empty(1).untyped_storage()
+    return sys.getrefcount(storage)
+
+
+_ALONE = _references_of_one()
 _scratch = _Scratch()
 _results = _Results()
+
+
+def release() -> None:
+    """Give back the scratch and the results' memory that this thread keeps."""
+    _scratch.buffers.clear()
+    _scratch.views.clear()
+    _results.held.clear()
 
 
 def _float32(bias: Tensor | None) -> Tensor | None:

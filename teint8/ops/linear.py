@@ -152,7 +152,7 @@ def _linear(
         xtq, xts = quantize(x.detach().mT, impl=impl)
     if gradient == "stochastic":
         seed = torch.randint(2**62, (), device=x.device)
-    how = _How(dtype, gradient, wgrad, impl, keep=_torch.in_transform())
+    how = _How(dtype, gradient, wgrad, impl, keep=_torch.in_transform() or _torch.forward_ad_level() >= 0)
     y: Tensor = _Linear.apply(x, w, bias, xq, xs, wq, ws, xtq, xts, clipped, seed, how)
     return y
 
@@ -253,5 +253,12 @@ def _check(x: Tensor, w: Tensor, w_dtype: torch.dtype, bias: Tensor | None, dtyp
         )
     if x.device != w.device:
         raise ValueError(f"linear: x is on {x.device} but weight is on {w.device}; move one with .to({str(w.device)!r})")
-    if bias is not None and bias.shape != w.shape[:-1]:
+    if bias is not None:
+        _check_bias(bias, w, x.device)
+
+
+def _check_bias(bias: Tensor, w: Tensor, device: torch.device) -> None:
+    if not bias.is_floating_point() or bias.device != device:
+        raise ValueError(f"linear: bias is {bias.dtype} on {bias.device}; a float tensor on {device} is needed")
+    if bias.shape != w.shape[:-1]:
         raise ValueError(f"linear: bias has shape {tuple(bias.shape)} but weight has {tuple(w.shape)}; {tuple(w.shape[:-1])} is needed")

@@ -152,7 +152,8 @@ def _int8_mm(
         None if bias is None else bias.detach().reshape(batch, n),
         dtype,
     )
-    return out.reshape(shape)
+    # a view that autograd does not take for one: the caller may write to the result in place
+    return torch.ops.aten._unsafe_view(out, shape)  # type: ignore[no-any-return]
 
 
 _library.impl("quantize", _quantize, "CompositeExplicitAutograd")

@@ -44,7 +44,7 @@ class Implementation:
         run: the function; see the module's docstring for its arguments.
         device: torch's device type, or "" for every device.
         priority: the highest that is usable wins; below 0 it runs only when asked for by name.
-        why_not: given a Problem, the reason why it cannot run that, or None. It must be cheap: it is asked at each call.
+        why_not: given a Problem, the reason why it cannot run that, or None. It is asked once for each Problem.
 
     """
 

@@ -58,6 +58,10 @@ def multi_head_attention_forward(
         query, key, value = _map_shared(lambda t: t.unsqueeze(1), query, key, value)
         key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
     length, batch, width = query.shape
+    if key_padding_mask is not None and key_padding_mask.shape != (batch, key.shape[0]):
+        raise ValueError(
+            f"attention: key_padding_mask has shape {tuple(key_padding_mask.shape)}; ({batch}, {key.shape[0]}) is needed: (batch, keys)"
+        )
     key_padding_mask = _additive(key_padding_mask, query.dtype)
     hinted = is_causal and key_padding_mask is None and not need_weights
     attn_mask = None if hinted else _additive(attn_mask, query.dtype)
@@ -128,7 +132,7 @@ def _attend(
     if mask is not None:
         mask = mask.unsqueeze(0) if mask.shape[0] == 1 else mask.reshape(batch, -1, *mask.shape[1:])
     q, k, v = (t.reshape(batch, -1, *t.shape[1:]) for t in (q, k, v))
-    attention = math_attention if _torch.needs_math_attention() else F.scaled_dot_product_attention
+    attention = math_attention if _torch.needs_math_attention(q.device.type) else F.scaled_dot_product_attention
     out: Tensor = attention(q, k, v, mask, dropout_p, causal)
     return out.flatten(0, 1), None
 
@@ -154,6 +158,8 @@ def math_attention(
         attn_mask = _additive(~attn_mask, query.dtype)
     scores = scores if attn_mask is None else scores + attn_mask
     weights = scores.softmax(-1)
+    if attn_mask is not None:  # a row that is masked whole has weights 0, as in torch
+        weights = weights.masked_fill(scores.isneginf().all(-1, keepdim=True), 0.0)
     return torch.matmul(F.dropout(weights, dropout_p) if dropout_p > 0.0 else weights, value)
 
 

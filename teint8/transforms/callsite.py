@@ -6,8 +6,10 @@ import sys
 import torch
 from torch import Tensor, nn
 
-_HERE = str(pathlib.Path(__file__).parent)
+_HERE = str(pathlib.Path(__file__).parent.parent)
 _TORCH = str(pathlib.Path(torch.__file__).parent)
+_MODULE = nn.Module.__call__.__code__.co_filename
+_CALL = ("_wrapped_call_impl", "_call_impl")
 
 
 def path_of(weight: Tensor) -> str:
@@ -15,9 +17,8 @@ def path_of(weight: Tensor) -> str:
 
     Falls back to the call site where no module on the stack owns the weight.
     """
-    modules = _modules_on_stack()
-    if modules:
-        root = modules[0]
+    root = root_module()
+    if root is not None:
         for name, parameter in root.named_parameters(remove_duplicate=False):
             if parameter is weight:
                 return name
@@ -25,7 +26,7 @@ def path_of(weight: Tensor) -> str:
 
 
 def line_of_call() -> str:
-    """``file.py:line`` of the nearest frame outside of teint8's transforms and of torch."""
+    """``file.py:line`` of the nearest frame outside of teint8 and of torch."""
     frame = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
@@ -35,13 +36,14 @@ def line_of_call() -> str:
     return "?"
 
 
-def _modules_on_stack() -> list[nn.Module]:
-    """Modules whose methods are running, the outermost first."""
-    found: list[nn.Module] = []
+def root_module() -> nn.Module | None:
+    """The outermost module whose method is running."""
+    found = None
     frame = sys._getframe(1)
     while frame is not None:
-        module = frame.f_locals.get("self") if frame.f_code.co_varnames[:1] == ("self",) else None
-        if isinstance(module, nn.Module) and (not found or found[-1] is not module):
-            found.append(module)
+        # only the frames of nn.Module.__call__: reading the locals of a user's frame would keep them alive as long as it runs
+        if frame.f_code.co_name in _CALL and frame.f_code.co_filename == _MODULE:
+            module = frame.f_locals.get("self")
+            found = module if isinstance(module, nn.Module) else found
         frame = frame.f_back  # type: ignore[assignment]
-    return found[::-1]
+    return getattr(found, "_orig_mod", found)  # what torch.compile wraps

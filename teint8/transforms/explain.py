@@ -36,5 +36,5 @@ def explain(qfn: Any, params: Any, *args: Any, **kwargs: Any) -> Receipt:
     route = BoundRoute(qfn.policy, qfn.strict, receipt)
     with torch.no_grad():
         run(qfn, route, params, args, kwargs)
-    route.check_matched()
+    route.finish()
     return receipt

@@ -1,7 +1,7 @@
 """``pack`` and ``unpack``: float parameters to INT8 weights and back, in the same tree."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -57,6 +57,11 @@ def pack(qfn: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
             "give example inputs: pack(qfn, params, *args)"
         )
     groups = params if isinstance(target, nn.Module) and isinstance(params, tuple) else (params,)
+    if isinstance(target, nn.Module) and not all(isinstance(group, Mapping) for group in groups):
+        raise TypeError(
+            f"pack: params is a {type(params).__name__}; a dict of tensors by name is needed, dict(model.named_parameters()), "
+            "or a tuple of such dicts: (params, buffers)"
+        )
     packed = tuple(_pack_tree(group, uses) for group in groups)
     if not any(isinstance(leaf, QTensor) for leaf in torch_pytree.tree_leaves(packed, is_leaf=is_qtensor)):
         raise ValueError(

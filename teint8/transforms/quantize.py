@@ -76,6 +76,11 @@ class BoundRoute(Route):
             operand = self.known.get(args)
             if operand is None or not isinstance(operand.value, QTensor):
                 return args
+            if self.receipt is not None:
+                n, k = operand.value.shape[-2:]
+                self.receipt.add(
+                    (operand.path, "other", 0, n, k, 1, "float", "", "packed, in an op that is not taken over: dequantized")
+                )
             value = operand.value.dequantize()
             return value.mT if operand.transposed else value
         if isinstance(args, dict):
@@ -109,6 +114,8 @@ def quantize(module_or_fn: nn.Module | Callable[..., Any], policy: Policy | None
         policy: which calls run in INT8, and how; ``Policy.qat()`` unless given.
         strict: raise where a rule wants INT8 and the call cannot run so, and for a rule that matches no call.
 
+    Buffers that are not given are the module's own; one that the module writes (BatchNorm in training) is then written there.
+
     Returns:
         For a module, ``qfn(params, *args, **kwargs)``, where params is a dict of its parameters by name, or a tuple of such dicts
         (parameters, buffers). For a function, one of the same signature.
@@ -139,10 +146,11 @@ def quantize(module_or_fn: nn.Module | Callable[..., Any], policy: Policy | None
     def qfn(params: Any, *args: Any, **kwargs: Any) -> Any:
         route = BoundRoute(policy, strict, None)
         y = call(route, params, args, kwargs)
-        route.check_matched()
+        route.finish()
         return y
 
-    qfn.__name__ = f"quantized_{getattr(module_or_fn, '__name__', type(module_or_fn).__name__)}"
+    qfn.__name__ = qfn.__qualname__ = f"quantized_{getattr(module_or_fn, '__name__', type(module_or_fn).__name__)}"
+    qfn.__doc__ = "Made by teint8.quantize: a pure function of its parameters, which come first."
     qfn.__wrapped__ = module_or_fn  # type: ignore[attr-defined]
     qfn.policy = policy  # type: ignore[attr-defined]
     qfn.strict = strict  # type: ignore[attr-defined]
@@ -169,6 +177,8 @@ def quantized(qfn: Any) -> Any:
 
     """
     target = getattr(qfn, "__wrapped__", None)
+    while isinstance(getattr(target, "policy", None), Policy):  # torch.compile wraps what quantize made
+        target = getattr(target, "__wrapped__", None)
     if target is None or not isinstance(getattr(qfn, "policy", None), Policy):
         raise TypeError(f"{qfn!r} is not a quantized function; make one with teint8.quantize(model)")
     return target
@@ -229,10 +239,17 @@ def _check_params(module: nn.Module, groups: tuple[Any, ...]) -> None:
                 f"quantized {type(module).__name__}: params is a {type(group).__name__}; a dict of tensors by name is needed, "
                 "dict(model.named_parameters()), or a tuple of such dicts: (params, buffers)"
             )
-        if torch.compiler.is_compiling():
-            continue
+    if torch.compiler.is_compiling():
+        return
+    for group in groups:
         for path, leaf in group.items():
             _check_leaf(module, path, leaf)
+    missing = [path for path, _ in module.named_parameters() if not any(path in group for group in groups)]
+    if missing:
+        raise ValueError(
+            f"quantized {type(module).__name__}: params lacks {', '.join(map(repr, missing[:5]))}; a pure function takes all of its "
+            "parameters, dict(model.named_parameters()), also those that are not differentiated"
+        )
 
 
 def _check_leaf(module: nn.Module, path: str, leaf: Any) -> None:

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+from teint8.policy import Rule
+
 
 @dataclasses.dataclass(frozen=True)
 class Record:
@@ -14,7 +16,9 @@ class Record:
         op: "linear", "matmul" or "activation_matmul".
         m: rows of the activation, over all leading dimensions. n: output channels. k: length of the contraction.
         batch: how many such matmuls in one call (a batched weight).
-        implementation: what ran it: "cpu-onednn-c", "triton", "reference", ..., or "float".
+        implementation: what ran the forward: "cpu-amx", "triton", ...; "reference" (simulated in plain torch), "dequantized" (W8A16: a
+            float matmul by an INT8 weight) or "float".
+        mode: what the rule asks for: "W8A8", "W8A16", with "dX" and "dW" where the backward runs in INT8 too; "" in float.
         reason: why it stayed float, or "".
         calls: how often it was called so.
 
@@ -27,30 +31,35 @@ class Record:
     k: int
     batch: int
     implementation: str
+    mode: str = ""
     reason: str = ""
     calls: int = 1
 
     @property
     def int8(self) -> bool:
-        """Whether it ran in INT8."""
-        return self.implementation != "float"
+        """Whether its matmul ran in INT8."""
+        return self.implementation not in ("float", "dequantized", "reference")
 
 
 class Receipt:
     """Records, in the order of their first call; printed as a table.
 
+    Attributes:
+        unmatched: rules that decided no call.
+
     Example:
         >>> receipt = Receipt()
-        >>> receipt.add(("fc.weight", "linear", 32, 10, 64, 1, "cpu-onednn-c", ""))
+        >>> receipt.add(("fc.weight", "linear", 32, 10, 64, 1, "cpu-amx", "W8A8", ""))
         >>> print(receipt)
-        path       op      M   N   K   batch  ran as        calls  reason
-        fc.weight  linear  32  10  64  1      cpu-onednn-c  1
+        path       op      M   N   K   batch  ran as   mode  calls  reason
+        fc.weight  linear  32  10  64  1      cpu-amx  W8A8  1
         1 of 1 calls ran in INT8
 
     """
 
     def __init__(self) -> None:
         self._calls: dict[Any, int] = {}
+        self.unmatched: list[Rule] = []
 
     def add(self, fields: tuple[Any, ...]) -> None:
         """Count one call, given as the fields of a Record in order, without ``calls``."""
@@ -78,11 +87,15 @@ class Receipt:
         return len(self._calls)
 
     def __str__(self) -> str:
-        rows: list[tuple[str, ...]] = [("path", "op", "M", "N", "K", "batch", "ran as", "calls", "reason")]
+        rows: list[tuple[str, ...]] = [("path", "op", "M", "N", "K", "batch", "ran as", "mode", "calls", "reason")]
         for r in self:
-            rows.append((r.path, r.op, *map(str, (r.m, r.n, r.k, r.batch)), r.implementation, str(r.calls), r.reason))
+            sizes = map(str, (r.m, r.n, r.k, r.batch))
+            rows.append((r.path, r.op, *sizes, r.implementation, r.mode, str(r.calls), r.reason))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join([*lines, f"{self.int8_calls} of {self.calls} calls ran in INT8"])
+        if not self:
+            lines = ["no matmul was recorded (other layers and compiled code are not)"]
+        lines.append(f"{self.int8_calls} of {self.calls} calls ran in INT8")
+        return "\n".join([*lines, *(f"no call matched {rule!r}" for rule in self.unmatched)])
 
     __repr__ = __str__

@@ -1,6 +1,8 @@
 """Routing: a TorchFunctionMode that sees each call of a program and takes over the matmuls that a rule wants in INT8."""
 
 import copy
+import sys
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -48,13 +50,26 @@ class Route(TorchFunctionMode):
         super().__init__()
         self.policy, self.strict, self.receipt = policy, strict, receipt
         self.matched: set[int] = set()
-        self.replays_reentrant = True  # whether calls without gradients look for a reentrant checkpoint
+        self._entries: dict[int, list[int]] = {}  # by thread, the frames that entered this route
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        handler = _HANDLERS.get(func)
+        handler = HANDLERS.get(func)
         if handler is None:
             return self.other(func, args, kwargs or {})
         return handler(self, func, args, kwargs or {})
+
+    def __enter__(self) -> Any:
+        if not torch.compiler.is_compiling():
+            self._entered().append(id(sys._getframe(1)))
+        return super().__enter__()
+
+    def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
+        super().__exit__(exc_type, exc_value, traceback)
+        if not torch.compiler.is_compiling() and self._entered():
+            self._entered().pop()
+
+    def _entered(self) -> list[int]:
+        return self._entries.setdefault(threading.get_ident(), [])
 
     def operand(self, t: Any) -> Operand | None:
         """What is known of ``t`` as a weight, or None."""
@@ -75,7 +90,7 @@ class Route(TorchFunctionMode):
     def replaying(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """``function``, which recomputes a checkpoint, under this route."""
         again = copy.copy(self)
-        again.receipt = None
+        again.receipt, again.strict, again._entries = None, False, {}
 
         def replay(*args: Any, **kwargs: Any) -> Any:
             with again:
@@ -96,11 +111,21 @@ class Route(TorchFunctionMode):
         """Rules that decided no call so far."""
         return [rule for i, rule in enumerate(self.policy.rules) if i not in self.matched]
 
-    def check_matched(self) -> None:
-        """In strict mode, raise for rules that decided nothing: a misspelt path would pass unseen."""
-        if self.strict and not torch.compiler.is_compiling() and self.unmatched():
+    def finish(self) -> None:
+        """Put rules that decided nothing on the receipt; in strict mode raise for them: a misspelt path would pass unseen."""
+        if torch.compiler.is_compiling():
+            return
+        unmatched = self.unmatched()
+        if self.receipt is not None:
+            self.receipt.unmatched = unmatched
+        if self.strict and unmatched and not self.matched:
             raise ValueError(
-                f"strict: no call matched {', '.join(map(repr, self.unmatched()))}; mend the path or the order of the rules "
+                f"strict: no call matched {', '.join(map(repr, unmatched))}: no matmul was seen that a rule is for. Other layers are "
+                "not quantized, and compiled code is not seen: compile teint8.quantize(model, policy, strict=True), or leave strict off"
+            )
+        if self.strict and unmatched:
+            raise ValueError(
+                f"strict: no call matched {', '.join(map(repr, unmatched))}; mend the path or the order of the rules "
                 "(the first match wins; teint8.explain lists the paths), or leave strict off"
             )
 
@@ -111,6 +136,7 @@ class Route(TorchFunctionMode):
             rows: a slice of the output channels, for weights that hold several projections.
 
         """
+        x = self.plain(x)
         path = self.path(weight)
         rule = self.rule(path, op)
         reason = _why_float(op, rule, x, weight, axis)
@@ -120,7 +146,7 @@ class Route(TorchFunctionMode):
                     f"strict: {path} ({op}) cannot run in INT8: {reason}. Leave it in float with Rule({path!r}, weight=None) "
                     "before the other rules, or leave strict off"
                 )
-            self.record(path, op, x, weight, axis, rows, "float", reason)
+            self.record(path, op, x, weight, axis, rows, "float", "", reason)
             return float_call()
         assert rule is not None and rule.weight is not None
         layout = -3 - axis if weight.transposed else axis
@@ -131,9 +157,16 @@ class Route(TorchFunctionMode):
             value, bias, cut = shapes.channels(value, bias, rows, rule.weight.granularity)
         x = shapes.align(x, value)
         impl = "reference" if rule.compute == "simulate" else ""
-        if self.receipt is not None and not torch.compiler.is_compiling():
-            self.record(path, op, x, weight, axis, rows, _ran_as(x, value, rule), "")
-        _torch.replay_in_checkpoint(self)
+        if (self.receipt is not None or self.strict) and not torch.compiler.is_compiling():
+            ran_as = _ran_as(x, value, rule)
+            if self.strict and ran_as == "reference" and rule.compute == "int8":
+                raise ValueError(
+                    f"strict: {path} ({op}) has no INT8 kernel for {x.dtype} on {x.device}: only the plain-torch reference can run it. "
+                    "Register one with teint8.ops.register, ask for Rule(compute='simulate'), or leave strict off"
+                )
+            self.record(path, op, x, weight, axis, rows, ran_as, mode_of(rule), "")
+        if not torch.compiler.is_compiling() and self._entered():
+            _torch.replay_in_checkpoints(self, self._entered()[-1])
         activation = rule.activation
         y = ops.linear(
             x,
@@ -155,7 +188,7 @@ class Route(TorchFunctionMode):
             return weight.path
         return "?" if torch.compiler.is_compiling() else callsite.line_of_call()
 
-    def record(self, path: str, op: str, x: Any, weight: Operand, axis: int, rows: Any, implementation: str, reason: str) -> None:
+    def record(self, path: str, op: str, x: Any, weight: Operand, axis: int, rows: Any, ran_as: str, mode: str, reason: str) -> None:
         """Note one call on the receipt."""
         if self.receipt is None or torch.compiler.is_compiling():
             return
@@ -164,8 +197,8 @@ class Route(TorchFunctionMode):
         n, k = shape[-2:] if (axis == -1) != swapped else shape[:-3:-1]
         n = n if rows is None else len(range(n)[rows])
         batch = 1 if len(shape) == 2 else shape[:-2].numel()
-        m = x.numel() // max(k * (x.shape[0] if batch > 1 and x.ndim > 2 else 1), 1)
-        self.receipt.add((path, op, m, n, k, batch, implementation, reason))
+        m = x.numel() // max(k, 1) if len(shape) == 2 or x.ndim < 2 else x.shape[-2]
+        self.receipt.add((path, op, m, n, k, batch, ran_as, mode, reason))
 
 
 def _why_float(op: str, rule: Rule | None, x: Any, weight: Operand, axis: int) -> str:
@@ -174,6 +207,9 @@ def _why_float(op: str, rule: Rule | None, x: Any, weight: Operand, axis: int) -
         return "between activations: a rule must name 'activation_matmul'" if op == "activation_matmul" else "no rule matches"
     if rule.weight is None:
         return "its rule leaves the weight in float"
+    unfit = next((t for t in (x, weight.value) if isinstance(t, Tensor) and (t.layout is not torch.strided or t.is_nested)), None)
+    if unfit is not None or weight.value.ndim < 2:
+        return "the weight is a vector" if unfit is None else f"an operand is {unfit.layout}{' and nested' if unfit.is_nested else ''}"
     if not x.is_floating_point():
         return f"the activation is {x.dtype}"
     value = weight.value
@@ -183,6 +219,15 @@ def _why_float(op: str, rule: Rule | None, x: Any, weight: Operand, axis: int) -
     if not value.is_floating_point():
         return f"the weight is {value.dtype}"
     return shapes.why_not(x, value)
+
+
+def mode_of(rule: Rule) -> str:
+    """What a rule asks for, as the receipt says it: "W8A8", "W8A16", with "dX" and "dW" where the backward is INT8 too."""
+    if rule.activation is None:
+        return "W8A16"
+    if rule.gradient is None:
+        return "W8A8"
+    return "W8A8 dX dW" if rule.wgrad == "int8" else "W8A8 dX"
 
 
 def _ran_as(x: Tensor, value: Any, rule: Rule) -> str:
@@ -200,6 +245,8 @@ def _ran_as(x: Tensor, value: Any, rule: Rule) -> str:
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that torch.autocast wants of a matmul's result: autocast acts below the mode, so the op must honour it."""
     kind = x.device.type
+    if kind == "meta":
+        return None
     if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
     return None
@@ -212,6 +259,8 @@ def _linear(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _matmul(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
+    if len(args) > 2 or not kwargs.keys() <= {"self", "other", "input", "mat2"}:
+        return func(*route.plain(args), **route.plain(kwargs))  # out=, out_dtype=
     return _product(route, func, args, kwargs, *shapes.bind(("self", "other"), args, kwargs, also=("input", "mat2")))
 
 
@@ -222,8 +271,8 @@ def _rmatmul(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
 
 def _product(route: Route, func: Any, args: Any, kwargs: Any, a: Any, b: Any) -> Any:
     """a @ b, with a weight on one side or none."""
-    if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or min(a.ndim, b.ndim) < 1 or "out" in kwargs:
-        return func(*route.plain(args), **kwargs)
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or min(a.ndim, b.ndim) < 1:
+        return func(*route.plain(args), **route.plain(kwargs))
 
     def in_float() -> Any:
         return _ATEN[func](*route.plain((a, b)))
@@ -247,18 +296,31 @@ def _side(y: Tensor, b: Tensor) -> Tensor:
 def _addmm(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
     names = ("self", "mat1", "mat2", "beta", "alpha")
     also = ("input", "batch1", "batch2", "beta", "alpha")
-    bias, a, b, beta, alpha = shapes.bind(names, args, kwargs, also=also)
+    bias, a, b, beta, alpha = shapes.bind(names, args, kwargs, also=also)[:5]
     beta, alpha = 1 if beta is None else beta, 1 if alpha is None else alpha
-    right = route.operand(b)
-    if "out" in kwargs or (right is None and route.operand(a) is None):
-        return func(*route.plain(args), **dict(zip(kwargs, route.plain(tuple(kwargs.values())), strict=True)))
-    product = torch.bmm if func in (torch.baddbmm, Tensor.baddbmm) else torch.mm
-    if right is not None and beta == alpha == 1 and bias.ndim == 1 and bias.shape == b.shape[-1:] and product is torch.mm:
-        return route.multiply("matmul", a, right, -2, bias, lambda: torch.ops.aten.addmm(*route.plain((bias, a, b))))
-    y = _product(route, product, (a, b), {}, a, b)
+    if len(args) > 3 or "out" in kwargs or "out_dtype" in kwargs:
+        return func(*route.plain(args), **route.plain(kwargs))
+    right, left = route.operand(b), route.operand(a)
+    op = "matmul" if right is not None or left is not None else "activation_matmul"
+    fused = beta == alpha == 1 and bias.ndim == 1 and bias.shape == b.shape[-1:] and a.ndim == 2
+    if right is not None or left is None:
+        weight = Operand(b) if right is None else right
+        y = route.multiply(op, a, weight, -2, bias if fused else None, lambda: None)
+    else:
+        fused = False
+        y = route.multiply(op, b.mT, left, -1, None, lambda: None)
+        y = None if y is None else y.mT.contiguous()
+    if y is None:  # it stayed float: torch's own op, whose rounding is its own
+        aten = torch.ops.aten.baddbmm if func in (torch.baddbmm, Tensor.baddbmm) else torch.ops.aten.addmm
+        return aten(*route.plain((bias, a, b)), beta=beta, alpha=alpha)
+    if fused:
+        return y
     y = y if alpha == 1 else y * alpha
-    (bias,) = route.plain((bias,))
+    bias = route.plain(bias)
     return y if beta == 0 else y + (bias if beta == 1 else bias * beta)
+
+
+_PROJECTIONS = (5, 11)  # where F.multi_head_attention_forward has in_proj_weight and out_proj_weight
 
 
 def _attention(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
@@ -272,11 +334,14 @@ def _attention(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
         y: Tensor = route.multiply("linear", x, weight, -1, bias, in_float, rows)
         return y
 
+    args = [t if i in _PROJECTIONS else route.plain(t) for i, t in enumerate(args)]
+    kwargs = {name: t if name.endswith("proj_weight") else route.plain(t) for name, t in kwargs.items()}
     return attention.multi_head_attention_forward(project, *args, **kwargs)
 
 
 def _scaled_dot_product_attention(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
-    if _torch.needs_math_attention():
+    args, kwargs = route.plain(args), route.plain(kwargs)
+    if _torch.needs_math_attention(args[0].device.type if args else "cpu"):
         return attention.math_attention(*args, **kwargs)
     return func(*args, **kwargs)
 
@@ -292,7 +357,7 @@ _ATEN = {
 }
 """What a call that stays float runs: its aten op, which a surrounding route does not take over a second time."""
 
-_HANDLERS: dict[Any, Callable[[Route, Any, Any, Any], Any]] = {
+HANDLERS: dict[Any, Callable[[Route, Any, Any, Any], Any]] = {
     **dict.fromkeys(_ATEN, _matmul),
     F.linear: _linear,
     Tensor.__rmatmul__: _rmatmul,
