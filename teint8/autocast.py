@@ -17,9 +17,10 @@ from teint8.ops import cpu, registry
 from teint8.policy import Policy, Rule
 from teint8.qtensor import QTensor
 from teint8.transforms import callsite
+from teint8.transforms.calls import HANDLERS, Operand
 from teint8.transforms.pack import pack_weight
 from teint8.transforms.receipt import Receipt
-from teint8.transforms.route import HANDLERS, Operand, Route, mode_of
+from teint8.transforms.route import Route, mode_of
 
 
 class CacheInfo(NamedTuple):

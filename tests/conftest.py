@@ -18,6 +18,18 @@ def device(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh buffers hold NaN and 77, so that an element that nobody writes shows."""
+    fresh = torch.empty
+
+    def empty(*args: object, **kwargs: object) -> torch.Tensor:
+        buffer = fresh(*args, **kwargs)
+        return buffer.fill_(float("nan") if buffer.is_floating_point() else 77)
+
+    monkeypatch.setattr(torch, "empty", empty)
+
+
 @pytest.fixture(autouse=True)
 def _same_numbers() -> None:
     torch.manual_seed(0)

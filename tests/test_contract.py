@@ -12,6 +12,7 @@ CPU = ("cpu-c", "cpu-amx", "cpu-onednn-c", "cpu-onednn", "cpu-exact-float")
 SETTINGS = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 
 
+@pytest.mark.usefixtures("poisoned")
 @SETTINGS
 @given(case=cases)
 @example(Case(1, 129, 300, 1, torch.float32, "normal", "transposed", True, 1))
@@ -22,6 +23,7 @@ def test_cpu(case: Case) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton runs on the GPU here")
+@pytest.mark.usefixtures("poisoned")
 @SETTINGS
 @given(case=cases)
 def test_triton_interpreter(case: Case) -> None:
@@ -29,6 +31,7 @@ def test_triton_interpreter(case: Case) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.usefixtures("poisoned")
 @SETTINGS
 @given(case=cases)
 def test_gpu(case: Case) -> None:

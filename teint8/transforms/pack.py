@@ -12,8 +12,8 @@ from teint8 import _torch
 from teint8.ops.raw import quantize as quantize_rows
 from teint8.policy import Policy
 from teint8.qtensor import QTensor
+from teint8.transforms.calls import Operand
 from teint8.transforms.quantize import BoundRoute, is_qtensor, leaf_paths, quantized, run
-from teint8.transforms.route import Operand
 
 Use = tuple[int, str] | None
 """How a call uses a weight: (contracted dimension, granularity) in INT8, or None in float."""

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from teint8.policy import Policy
 from teint8.qtensor import QTensor
+from teint8.transforms.calls import Operand
 from teint8.transforms.receipt import Receipt
-from teint8.transforms.route import Operand, Route
+from teint8.transforms.route import Route
 
 _TRANSPOSES = {torch.t, Tensor.t, Tensor.T.__get__, Tensor.mT.__get__, torch.transpose, Tensor.transpose}  # type: ignore[attr-defined]
 _VALUES = {*_TRANSPOSES, Tensor.H.__get__, Tensor.mH.__get__, Tensor.data.__get__, Tensor.real.__get__, Tensor.imag.__get__}  # type: ignore[attr-defined]

@@ -1,13 +1,13 @@
 """Routing: a TorchFunctionMode that sees each call of a program and takes over the matmuls that a rule wants in INT8."""
 
 import copy
+import math
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -15,25 +15,9 @@ from teint8 import _torch, ops
 from teint8.ops.raw import problem_of
 from teint8.policy import Policy, Rule
 from teint8.qtensor import QTensor
-from teint8.transforms import attention, callsite, shapes
+from teint8.transforms import callsite, shapes
+from teint8.transforms.calls import HANDLERS, Operand
 from teint8.transforms.receipt import Receipt
-
-
-class Operand(NamedTuple):
-    """A weight as a call sees it.
-
-    Attributes:
-        value: the float tensor in the layout of the call, or the QTensor in its own.
-        path: its path in the params, "" where it has none.
-        transposed: whether the call sees it with its last two dimensions swapped.
-        held: what a route keeps of it.
-
-    """
-
-    value: Tensor | QTensor
-    path: str = ""
-    transposed: bool = False
-    held: Any = None
 
 
 class Route(TorchFunctionMode):
@@ -192,11 +176,11 @@ class Route(TorchFunctionMode):
         """Note one call on the receipt."""
         if self.receipt is None or torch.compiler.is_compiling():
             return
-        shape = weight.value.shape
+        shape = weight.value.shape if weight.value.ndim > 1 else (1, *weight.value.shape)
         swapped = weight.transposed and isinstance(weight.value, QTensor)
         n, k = shape[-2:] if (axis == -1) != swapped else shape[:-3:-1]
         n = n if rows is None else len(range(n)[rows])
-        batch = 1 if len(shape) == 2 else shape[:-2].numel()
+        batch = math.prod(shape[:-2])
         m = x.numel() // max(k, 1) if len(shape) == 2 or x.ndim < 2 else x.shape[-2]
         self.receipt.add((path, op, m, n, k, batch, ran_as, mode, reason))
 
@@ -250,121 +234,3 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
     return None
-
-
-def _linear(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
-    x, w, bias = shapes.bind(("input", "weight", "bias"), args, kwargs)
-    weight = route.operand(w) or Operand(w)
-    return route.multiply("linear", x, weight, -1, bias, lambda: torch.ops.aten.linear(*route.plain((x, w, bias))))
-
-
-def _matmul(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
-    if len(args) > 2 or not kwargs.keys() <= {"self", "other", "input", "mat2"}:
-        return func(*route.plain(args), **route.plain(kwargs))  # out=, out_dtype=
-    return _product(route, func, args, kwargs, *shapes.bind(("self", "other"), args, kwargs, also=("input", "mat2")))
-
-
-def _rmatmul(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
-    other, first = args
-    return _product(route, torch.matmul, (first, other), kwargs, first, other)
-
-
-def _product(route: Route, func: Any, args: Any, kwargs: Any, a: Any, b: Any) -> Any:
-    """a @ b, with a weight on one side or none."""
-    if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or min(a.ndim, b.ndim) < 1:
-        return func(*route.plain(args), **route.plain(kwargs))
-
-    def in_float() -> Any:
-        return _ATEN[func](*route.plain((a, b)))
-
-    right, left = route.operand(b), route.operand(a)
-    if right is not None and b.ndim > 1:
-        return route.multiply("matmul", a, right, -2, None, in_float)
-    if left is not None and a.ndim > 1:
-        x = b if b.ndim == 1 else b.mT
-        y = route.multiply("matmul", x, left, -1, None, lambda: _side(in_float(), b))
-        return y if b.ndim == 1 else y.mT.contiguous()
-    if b.ndim > 1:
-        return route.multiply("activation_matmul", a, Operand(b), -2, None, in_float)
-    return in_float()
-
-
-def _side(y: Tensor, b: Tensor) -> Tensor:
-    return y if b.ndim == 1 else y.mT
-
-
-def _addmm(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
-    names = ("self", "mat1", "mat2", "beta", "alpha")
-    also = ("input", "batch1", "batch2", "beta", "alpha")
-    bias, a, b, beta, alpha = shapes.bind(names, args, kwargs, also=also)[:5]
-    beta, alpha = 1 if beta is None else beta, 1 if alpha is None else alpha
-    if len(args) > 3 or "out" in kwargs or "out_dtype" in kwargs:
-        return func(*route.plain(args), **route.plain(kwargs))
-    right, left = route.operand(b), route.operand(a)
-    op = "matmul" if right is not None or left is not None else "activation_matmul"
-    fused = beta == alpha == 1 and bias.ndim == 1 and bias.shape == b.shape[-1:] and a.ndim == 2
-    if right is not None or left is None:
-        weight = Operand(b) if right is None else right
-        y = route.multiply(op, a, weight, -2, bias if fused else None, lambda: None)
-    else:
-        fused = False
-        y = route.multiply(op, b.mT, left, -1, None, lambda: None)
-        y = None if y is None else y.mT.contiguous()
-    if y is None:  # it stayed float: torch's own op, whose rounding is its own
-        aten = torch.ops.aten.baddbmm if func in (torch.baddbmm, Tensor.baddbmm) else torch.ops.aten.addmm
-        return aten(*route.plain((bias, a, b)), beta=beta, alpha=alpha)
-    if fused:
-        return y
-    y = y if alpha == 1 else y * alpha
-    bias = route.plain(bias)
-    return y if beta == 0 else y + (bias if beta == 1 else bias * beta)
-
-
-_PROJECTIONS = (5, 11)  # where F.multi_head_attention_forward has in_proj_weight and out_proj_weight
-
-
-def _attention(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
-    def project(x: Tensor, w: Tensor, bias: Tensor | None, rows: slice | None) -> Tensor:
-        weight = route.operand(w) or Operand(w)
-
-        def in_float() -> Any:
-            (whole,) = route.plain((w,))
-            return torch.ops.aten.linear(x, whole if rows is None else whole[rows], bias)
-
-        y: Tensor = route.multiply("linear", x, weight, -1, bias, in_float, rows)
-        return y
-
-    args = [t if i in _PROJECTIONS else route.plain(t) for i, t in enumerate(args)]
-    kwargs = {name: t if name.endswith("proj_weight") else route.plain(t) for name, t in kwargs.items()}
-    return attention.multi_head_attention_forward(project, *args, **kwargs)
-
-
-def _scaled_dot_product_attention(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
-    args, kwargs = route.plain(args), route.plain(kwargs)
-    if _torch.needs_math_attention(args[0].device.type if args else "cpu"):
-        return attention.math_attention(*args, **kwargs)
-    return func(*args, **kwargs)
-
-
-_ATEN = {
-    torch.matmul: torch.ops.aten.matmul,
-    Tensor.matmul: torch.ops.aten.matmul,
-    Tensor.__matmul__: torch.ops.aten.matmul,
-    torch.mm: torch.ops.aten.mm,
-    Tensor.mm: torch.ops.aten.mm,
-    torch.bmm: torch.ops.aten.bmm,
-    Tensor.bmm: torch.ops.aten.bmm,
-}
-"""What a call that stays float runs: its aten op, which a surrounding route does not take over a second time."""
-
-HANDLERS: dict[Any, Callable[[Route, Any, Any, Any], Any]] = {
-    **dict.fromkeys(_ATEN, _matmul),
-    F.linear: _linear,
-    Tensor.__rmatmul__: _rmatmul,
-    torch.addmm: _addmm,
-    Tensor.addmm: _addmm,
-    torch.baddbmm: _addmm,
-    Tensor.baddbmm: _addmm,
-    F.multi_head_attention_forward: _attention,
-    F.scaled_dot_product_attention: _scaled_dot_product_attention,
-}
