@@ -24,7 +24,10 @@ def layers() -> nn.Module:
 @pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}, {}])
 def test_every_optimizer_step_is_seen_by_the_cache(optimizer, options: dict[str, bool], device: str) -> None:
     model, x = layers().to(device), torch.randn(16, 24, device=device)
-    steps = optimizer(model.parameters(), lr=0.1, **options)
+    try:
+        steps = optimizer(model.parameters(), lr=0.1, **options)
+    except RuntimeError as error:  # not every optimizer is fused on every device
+        pytest.skip(str(error))
     for _ in range(2):
         with torch.no_grad(), te_int8_autocast(training=False):
             model(x)
