@@ -190,6 +190,8 @@ class te_int8_autocast(Route):
         if plan is None:  # decided by the long way, once
             self._plan(key, op, x, weight, bias)
             return super().multiply(op, x, weight, axis, bias, float_call, rows)
+        if not torch.is_inference_mode_enabled():  # a reentrant checkpoint records without gradients
+            self.replay_in_checkpoints()
         self.matched.add(plan.rule)
         if self.receipt is not None:
             self.receipt.add(plan.fields)

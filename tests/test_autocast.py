@@ -221,14 +221,17 @@ def test_gradients_are_not_lost_with_training_false() -> None:
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("outside", [False, True])
-def test_checkpoint(reentrant: bool, outside: bool) -> None:
+@pytest.mark.parametrize("training", [False, True])
+def test_checkpoint(reentrant: bool, outside: bool, training: bool) -> None:
     model = nn.Sequential(nn.LayerNorm(24), nn.Linear(24, 32), nn.GELU(), nn.Linear(32, 24), nn.LayerNorm(24))
     x = torch.randn(5, 24, requires_grad=True)
 
     def grads(run) -> list[torch.Tensor]:
         model.zero_grad()
         x.grad = None
-        with te_int8_autocast() as ctx:
+        with te_int8_autocast(training) as ctx:
+            with torch.no_grad():
+                run()  # plans and packed weights are at hand
             loss = run().square().sum()
             if not outside:
                 loss.backward()

@@ -82,6 +82,11 @@ class Route(TorchFunctionMode):
 
         return replay
 
+    def replay_in_checkpoints(self) -> None:
+        """See to it that checkpoints entered since this route recompute under it."""
+        if not torch.compiler.is_compiling() and self._entered():
+            _torch.replay_in_checkpoints(self, self._entered()[-1])
+
     def rule(self, path: str, op: str) -> Rule | None:
         """The rule for a call."""
         for i, rule in enumerate(self.policy.rules):
@@ -149,8 +154,7 @@ class Route(TorchFunctionMode):
                     "Register one with teint8.ops.register, ask for Rule(compute='simulate'), or leave strict off"
                 )
             self.record(path, op, x, weight, axis, rows, ran_as, mode_of(rule), "")
-        if not torch.compiler.is_compiling() and self._entered():
-            _torch.replay_in_checkpoints(self, self._entered()[-1])
+        self.replay_in_checkpoints()
         activation = rule.activation
         y = ops.linear(
             x,
