@@ -184,7 +184,7 @@ class te_int8_autocast(Route):
         if not lean or self._policy is None or weight.transposed or self._paths_matter or weight.held[0].is_inference():
             return super().multiply(op, x, weight, axis, bias, float_call, rows)
         owner, held = weight.held
-        known = (owner.shape, owner.dtype, owner.device, None if bias is None else (bias.shape, bias.device))
+        known = (owner.shape, owner.dtype, owner.device, None if bias is None else (bias.shape, bias.dtype, bias.device))
         key = (self._policy, registry.generation(), op, x.shape, x.dtype, x.device, known)
         plan = held.plans.get(key)
         if plan is None:  # decided by the long way, once
@@ -206,7 +206,8 @@ class te_int8_autocast(Route):
         if rule is None or rule != Rule(rule.path, rule.ops, gradient=rule.gradient, wgrad=rule.wgrad) or w.ndim != 2:
             return
         fits = x.dtype == w.dtype and x.shape[-1:] == w.shape[-1:] and x.device == w.device
-        if not fits or 0 in x.shape or 0 in w.shape or (bias is not None and bias.shape != w.shape[:1]):
+        fits = fits and (bias is None or (bias.shape == w.shape[:1] and bias.is_floating_point() and bias.device == w.device))
+        if not fits or 0 in x.shape or 0 in w.shape:
             return
         (n, k), m = w.shape, x.numel() // w.shape[1]
         implementation = registry.best("linear", ops.Problem(x.device.type, x.dtype, 1, m, n, k))

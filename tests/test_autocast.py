@@ -182,9 +182,13 @@ def test_plans_follow_shapes_dtypes_and_biases() -> None:
     with torch.no_grad(), te_int8_autocast(training=False):
         first = layer(x)
         assert torch.equal(layer(x), first)
-        layer.bias.data = torch.zeros(8)
-        with pytest.raises(ValueError, match="bias"):
-            layer(x)
+        for bias in (torch.zeros(8), torch.zeros(32, device="meta")):
+            for _ in range(2):
+                with pytest.raises(ValueError, match="bias"):
+                    nn.functional.linear(x, layer.weight, bias)
+        for _ in range(2):
+            with pytest.raises(ValueError, match="bias is torch.int64"):
+                nn.functional.linear(x, layer.weight, torch.zeros(32, dtype=torch.int64))
         layer.bias = None
         assert layer(x).shape == (16, 32)
         layer.weight.data = layer.weight.data[:8]
