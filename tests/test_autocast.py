@@ -187,7 +187,7 @@ def test_plans_follow_shapes_dtypes_and_biases() -> None:
                 with pytest.raises(ValueError, match="bias"):
                     nn.functional.linear(x, layer.weight, bias)
         for _ in range(2):
-            with pytest.raises(ValueError, match="bias is torch.int64"):
+            with pytest.raises(ValueError, match=r"bias is torch\.int64"):
                 nn.functional.linear(x, layer.weight, torch.zeros(32, dtype=torch.int64))
         layer.bias = None
         assert layer(x).shape == (16, 32)
