@@ -24,10 +24,9 @@ def layers() -> nn.Module:
 @pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}, {}])
 def test_every_optimizer_step_is_seen_by_the_cache(optimizer, options: dict[str, bool], device: str) -> None:
     model, x = layers().to(device), torch.randn(16, 24, device=device)
-    try:
-        steps = optimizer(model.parameters(), lr=0.1, **options)
-    except RuntimeError as error:  # not every optimizer is fused on every device
-        pytest.skip(str(error))
+    if device == "cuda" and optimizer is torch.optim.Adagrad and "fused" in options:
+        pytest.skip("torch has no fused Adagrad on CUDA")
+    steps = optimizer(model.parameters(), lr=0.1, **options)
     for _ in range(2):
         with torch.no_grad(), te_int8_autocast(training=False):
             model(x)
