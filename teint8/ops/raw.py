@@ -74,6 +74,14 @@ def int8_mm(
     Returns:
         (..., N) or (B, M, N).
 
+    Raises:
+        ValueError: ``impl`` is unknown or cannot run this; the message gives the reason.
+
+    Example:
+        >>> codes, scale = quantize(torch.tensor([[1.0, 2.0]]))
+        >>> int8_mm(codes, scale, codes, scale, None, torch.float32)
+        tensor([[5.0158]])
+
     """
     op = _int8_mm if _direct(x_codes, x_scale, w_codes, w_scale, bias) else torch.ops.teint8.int8_mm
     y: Tensor = op(x_codes, x_scale, w_codes, w_scale, bias, dtype, impl)
