@@ -1,10 +1,13 @@
 """What every benchmark shares: timing, a table of ratios, and a JSON file with device, versions and date."""
 
+import argparse
 import datetime
+import importlib.metadata
 import json
 import pathlib
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from typing import Any
@@ -43,6 +46,59 @@ def _on_gpu(run: Callable[[], Any], seconds: float) -> float:
     return statistics.median(times)
 
 
+def graphed(run: Callable[[], Any]) -> Callable[[], None]:
+    """``run`` as a CUDA graph's replay: what the GPU takes, without the host's part."""
+    for _ in range(3):
+        run()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def host_microseconds(run: Callable[[], Any], calls: int = 200) -> float:
+    """What the host spends on one call, the GPU's work left to itself: the fastest of five rounds."""
+    for _ in range(10):
+        run()
+    best = float("inf")
+    for _ in range(5):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls // 5):
+            run()
+        best = min(best, (time.perf_counter() - start) / (calls // 5))
+    torch.cuda.synchronize()
+    return best * 1e6
+
+
+def kernel_microseconds(run: Callable[[], Any], rounds: int = 10) -> dict[str, float]:
+    """Mean time on the GPU of each kernel that a call launches, by name."""
+    from torch.profiler import ProfilerActivity, profile
+
+    for _ in range(3):
+        run()
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        for _ in range(rounds):
+            run()
+        torch.cuda.synchronize()
+    return {e.key: e.device_time_total / rounds for e in trace.key_averages() if e.device_time_total > 0}
+
+
+def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
+    """``|a - b| / |b|`` in float32."""
+    return float((a.float() - b.float()).norm() / b.float().norm())
+
+
+def differing(a: torch.Tensor, b: torch.Tensor) -> int:
+    """How many elements differ; NaN is NaN."""
+    return int((~((a == b) | (a.isnan() & b.isnan()))).sum())
+
+
 def alternating(runs: dict[str, Callable[[], Any]], rounds: int = 3, seconds: float = 0.3) -> dict[str, float]:
     """Median over rounds that alternate between the runs: what drifts drifts for all."""
     times: dict[str, list[float]] = {name: [] for name in runs}
@@ -59,9 +115,25 @@ def environment() -> dict[str, Any]:
         "device": gpu or _cpu_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "triton": _version("triton"),
+        "clocks": _clocks() if gpu else None,
         "python": platform.python_version(),
         "date": datetime.date.today().isoformat(),
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _clocks() -> str:
+    """Clock, its limit, power and its limit, as nvidia-smi tells them right after the work."""
+    query = "clocks.sm,clocks.max.sm,power.draw,power.limit"
+    ran = subprocess.run(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True, check=False)
+    return ran.stdout.splitlines()[0] if ran.returncode == 0 and ran.stdout else ""
 
 
 def _cpu_name() -> str:
@@ -84,3 +156,11 @@ def save(name: str, rows: list[dict[str, Any]], folder: pathlib.Path = RESULTS) 
     print(table(rows), flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps({**environment(), "rows": rows}, indent=1) + "\n")
+
+
+def output_folder(doc: str | None) -> pathlib.Path:
+    """The folder that ``--out`` names, RESULTS unless given."""
+    parser = argparse.ArgumentParser(description=doc)
+    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
+    folder: pathlib.Path = parser.parse_args().out
+    return folder

@@ -42,6 +42,19 @@ def is_plain(x: Tensor) -> bool:
     return x.layout is torch.strided and not x.is_neg()
 
 
+def are_plain(*tensors: Tensor | None) -> bool:
+    """Whether no transform and no TorchDispatchMode is active and each tensor is plain; quicker than to ask ``is_plain`` of each."""
+    if torch._C._len_torch_dispatch_stack() != 0 or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    for t in tensors:  # noqa: SIM110  # a generator would take twice the time
+        if t is not None and (type(t) not in _PLAIN or t.layout is not torch.strided or t.is_neg()):
+            return False
+    return True
+
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+
+
 def no_dispatch_modes() -> bool:
     """Whether no TorchDispatchMode is active, so that a raw op may be called past the dispatcher."""
     return torch._C._len_torch_dispatch_stack() == 0

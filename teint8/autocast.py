@@ -14,6 +14,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from teint8 import _torch, ops
 from teint8.ops import cpu, registry
+from teint8.ops.linear import differentiates, weight_codes_of
+from teint8.ops.shared import Shared
 from teint8.policy import Policy, Rule
 from teint8.qtensor import QTensor
 from teint8.transforms import callsite
@@ -43,23 +45,48 @@ class _Plan(NamedTuple):
     implementation: ops.Implementation
     channels: int
     granularity: str
+    generation: int
     fields: tuple[Any, ...]
+
+
+class _Quick:
+    """What a context knows of a weight that it met before: enough to run F.linear again without asking anew."""
+
+    __slots__ = ("bias", "codes", "entry", "held", "plans", "scale", "weight")
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, held: "_Held", entry: _Entry, forget: Callable[[Any], Any]) -> None:
+        self.weight, self.bias = weakref.ref(weight, forget), None if bias is None else weakref.ref(bias)
+        self.held, self.entry = held, entry
+        self.codes, self.scale = entry.packed.rows()
+        self.plans: dict[Any, _Plan] = {}
+
+    def fits(self, weight: Tensor, bias: Tensor | None) -> bool:
+        """Whether these are the tensors that were met, and the weight is as it was packed."""
+        if self.weight() is not weight or bias is not (None if self.bias is None else self.bias()):
+            return False
+        place, entry = self.entry.place, self.held.packed.get((-1, "row"))
+        same = weight._version == place[1] and weight.data_ptr() == place[2] and weight.shape == place[3]
+        return same and entry is self.entry and not entry.storage.expired() and self.held.place(weight) == place
 
 
 class _Held:
     """What is kept of a weight: its path, its packed forms by (contracted dimension, granularity), plans by policy and shape."""
 
-    __slots__ = ("packed", "path", "plans")
+    __slots__ = ("packed", "path", "plans", "steps")
 
     def __init__(self) -> None:
         self.path: str | None = None
         self.packed: dict[tuple[int, str], _Entry] = {}
         self.plans: dict[Any, _Plan] = {}
+        self.steps = 0  # of optimizers: fused ones leave no version
+
+    def place(self, weight: Tensor) -> tuple[Any, ...]:
+        """What changes when the weight does: the version counts in-place edits; address and layout tell .to() and .data = ..."""
+        return self.steps, weight._version, weight.data_ptr(), weight.shape, weight.stride(), weight.dtype
 
     def get(self, weight: Tensor, axis: int, granularity: str) -> QTensor:
         """The packed weight: the one that is held while the weight is what was packed, in every way, else a new one."""
-        # the version counts in-place edits; address, layout and storage tell .to() and .data = ...
-        place = (weight._version, weight.data_ptr(), weight.shape, weight.stride(), weight.dtype)
+        place = self.place(weight)
         entry = self.packed.get((axis, granularity))
         if entry is None or entry.place != place or entry.storage.expired():
             with torch.inference_mode(False):
@@ -69,6 +96,7 @@ class _Held:
         return entry.packed
 
 
+_LINEAR = torch.nn.functional.linear
 _held = WeakTensorKeyDictionary()
 _lock = threading.Lock()
 _policies: dict[Policy, int] = {}  # numbers for policies: a number is quick to hash
@@ -85,7 +113,8 @@ class te_int8_autocast(Route):
     """Run matmuls in INT8 inside a ``with`` block, or in a decorated function; the model is not an argument and is not edited.
 
     Args:
-        training: True for training: weights are quantized at each call, and gradients flow to the float weights. False for inference:
+        training: True for training: a weight is quantized once in a context for as long as it is unedited (so once for all microbatches
+            of an optimizer step that share a context), and gradients flow to the float weights. False for inference:
             each weight is packed once and reused until it changes (optimizer step, in-place edit, load_state_dict, ``.to()``). The
             results have the same bits. Edits through ``weight.data`` are seen by no version counter: call
             ``te_int8_autocast.cache_clear()`` after them.
@@ -132,6 +161,9 @@ class te_int8_autocast(Route):
         # a path depends on the outermost module: it is looked up anew in each context only where rules depend on it
         self._paths_matter = any(rule.path != "*" for rule in self.policy.rules)
         self._paths: Any = WeakTensorKeyDictionary() if self._paths_matter else None
+        self.shared = Shared() if training else None
+        self._quick: dict[int, _Quick] | None = None if training or self._paths_matter else {}
+        self._weight_codes: Any = None  # in training, by weight, until the context ends; made late, for Dynamo traces this
 
     def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Decorate: each call of ``function`` runs inside this context."""
@@ -153,10 +185,19 @@ class te_int8_autocast(Route):
 
     def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
         super().__exit__(exc_type, exc_value, traceback)
-        if exc_type is None and not torch.compiler.is_compiling() and not self._entered():
+        if torch.compiler.is_compiling() or self._entered():
+            return
+        if self.shared is not None:
+            self.shared.clear()
+        self._weight_codes = None
+        if exc_type is None:
             self.finish()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _LINEAR and self._quick is not None and not torch.compiler.is_compiling() and not kwargs:
+            y = self._again(*args)
+            if y is not None:
+                return y
         if self._paths_matter and func in HANDLERS:
             return _outside_of_dynamo(self, func, types, args, kwargs)
         return super().__torch_function__(func, types, args, kwargs)
@@ -192,12 +233,49 @@ class te_int8_autocast(Route):
             return super().multiply(op, x, weight, axis, bias, float_call, rows)
         if not torch.is_inference_mode_enabled():  # a reentrant checkpoint records without gradients
             self.replay_in_checkpoints()
+        self._remember(plan, op, x, weight, bias)
         self.matched.add(plan.rule)
         if self.receipt is not None:
             self.receipt.add(plan.fields)
         codes, scale = held.get(owner, -1, plan.granularity).rows()
         y = plan.implementation.run(x.reshape(-1, x.shape[-1]), codes, scale, bias, x.dtype)
         return y.view(*x.shape[:-1], plan.channels)
+
+    def _again(self, x: Any, weight: Any = None, bias: Any = None) -> Tensor | None:
+        """F.linear of a weight and a shape that were met before, in inference; None where anything is not as it was."""
+        quick = self._quick.get(id(weight))  # type: ignore[union-attr]
+        if quick is None or torch.is_grad_enabled() or not quick.fits(weight, bias) or not isinstance(x, Tensor):
+            return None
+        plan = quick.plans.get((x.shape, x.dtype, x.device))
+        if plan is None or plan.generation != registry.generation() or not _torch.are_plain(x) or _torch.forward_ad_level() >= 0:
+            return None
+        if torch.is_autocast_enabled(x.device.type):
+            return None
+        if not torch.is_inference_mode_enabled():  # a reentrant checkpoint records without gradients
+            self.replay_in_checkpoints()
+        self.matched.add(plan.rule)
+        if self.receipt is not None:
+            self.receipt.add(plan.fields)
+        if x.ndim == 2:
+            return plan.implementation.run(x, quick.codes, quick.scale, bias, x.dtype)  # type: ignore[no-any-return]
+        y = plan.implementation.run(x.reshape(-1, x.shape[-1]), quick.codes, quick.scale, bias, x.dtype)
+        return y.view(*x.shape[:-1], plan.channels)  # type: ignore[no-any-return]
+
+    def _remember(self, plan: _Plan, op: str, x: Tensor, weight: Operand, bias: Tensor | None) -> None:
+        """Let ``_again`` run calls like this one."""
+        if self._quick is None or op != "linear":
+            return
+        owner, held = weight.held
+        quick = self._quick.get(id(owner))
+        if quick is None or not quick.fits(owner, bias):
+            if len(self._quick) >= 4096:
+                self._quick.clear()
+            held.get(owner, -1, "row")
+            known, number = self._quick, id(owner)
+            quick = known[number] = _Quick(owner, bias, held, held.packed[-1, "row"], lambda _: known.pop(number, None))
+        if len(quick.plans) > 64:
+            quick.plans.clear()
+        quick.plans[x.shape, x.dtype, x.device] = plan
 
     def _plan(self, key: Any, op: str, x: Tensor, weight: Operand, bias: Tensor | None) -> None:
         """Keep a plan for calls like this one, if a fused implementation runs them whole."""
@@ -215,13 +293,31 @@ class te_int8_autocast(Route):
             if len(held.plans) > 64:
                 held.plans.clear()
             fields = (weight.path, op, m, n, k, 1, implementation.name, mode_of(rule), "")
-            held.plans[key] = _Plan(self.policy.rules.index(rule), implementation, n, "row", fields)
+            held.plans[key] = _Plan(self.policy.rules.index(rule), implementation, n, "row", registry.generation(), fields)
 
     def packed(self, weight: Operand, axis: int, granularity: str) -> Operand:
         if self.training or weight.held is None:
             return weight
         owner, held = weight.held
         return weight._replace(value=held.get(owner, axis, granularity)) if _cacheable(owner) else weight
+
+    def weight_codes(self, weight: Operand, value: Any, axis: int, rule: Rule, cut: Any) -> tuple[Tensor, ...] | None:
+        """A weight's codes, made once in a context: they serve every microbatch until an optimizer steps."""
+        if weight.held is None or weight.transposed or axis != -1 or cut is not None or isinstance(value, QTensor):
+            return None
+        owner, held = weight.held
+        if not self.training or rule.compute != "int8" or rule.weight is None or not _torch.no_dispatch_modes() or owner.is_inference():
+            return None
+        columns = rule.gradient is not None and differentiates(owner)
+        place = (*held.place(owner), rule.weight.granularity, columns)
+        if self._weight_codes is None:
+            self._weight_codes = WeakTensorKeyDictionary()
+        held_codes = self._weight_codes
+        known = held_codes.get(owner)
+        if known is None or known[0] != place:
+            known = held_codes[owner] = (place, weight_codes_of(owner, rule.weight.granularity, columns))
+            _follow_optimizers()
+        return known[1]  # type: ignore[no-any-return]
 
     def _path_of(self, owner: Tensor, held: _Held) -> str:
         if self._paths_matter:
@@ -272,6 +368,7 @@ def _follow_optimizers() -> None:
                 held = _held.get(parameter)
                 if held is not None:
                     held.packed.clear()
+                    held.steps += 1
 
     register_optimizer_step_post_hook(drop)
 

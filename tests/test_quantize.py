@@ -61,7 +61,10 @@ def test_gradients_of_other_policies(program: str, policy: str, device: str) -> 
 
 def test_saved_tensors_are_codes_and_scales() -> None:
     layer, x = nn.Linear(256, 128, bias=False), torch.randn(64, 256)
-    for policy, wanted in ((Policy.qat(), 64 * 256 + 4 * 64 + 128 * 256 + 4 * 128), (Policy.training(), 64 * 256 + 4 * 256)):
+    for policy, wanted in (
+        (Policy.qat(), 64 * 256 + 4 * 64 + 128 * 256 + 4 * 128),
+        (Policy.training(), 64 * 256 + 4 * 256 + 128 * 256 + 4 * 256),
+    ):
         saved = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
             teint8.quantize(layer, policy)(dict(layer.named_parameters()), x)

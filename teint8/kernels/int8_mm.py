@@ -1,5 +1,6 @@
 """INT8 matmul in Triton for every chip and shape: exact int32 sums, scales, bias and cast in the epilogue, batched."""
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -7,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from teint8.kernels.launch import Launch, on
 from teint8.numerics import MAX_INT32_K
 
 
@@ -20,18 +22,27 @@ class Config(NamedTuple):
     stages: int
 
 
-# (rows up to, tile): the fastest of benchmarks/gpu_linear.py --sweep on an H200 with Triton 3.6
-TABLE = (
-    (16, Config(16, 64, 256, 4, 4)),
-    (32, Config(32, 64, 256, 4, 4)),
-    (128, Config(64, 128, 128, 4, 4)),
-)
-LARGE = Config(128, 128, 128, 4, 3)
+# (rows up to, tile): on Hopper the fastest of benchmarks/gemm.py --sweep on an H200 with Triton 3.6; elsewhere tiles that compile without
+# spilling registers (tests/test_compile_targets.py), not measured
+_FEW = ((16, Config(16, 64, 256, 4, 4)), (32, Config(32, 64, 256, 4, 4)))
+_HOPPER = (*_FEW, (128, Config(64, 128, 128, 4, 4)), (None, Config(128, 128, 128, 4, 3)))
+_OTHERS = (*_FEW, (128, Config(64, 128, 128, 8, 3)), (None, Config(128, 128, 64, 8, 3)))
 
 
-def config_of(m: int) -> Config:
+def table(major: int) -> tuple[tuple[int | None, Config], ...]:
+    """The tiles for a compute capability, by rows up to; None stands for any number."""
+    return _HOPPER if major == 9 else _OTHERS
+
+
+def config_of(m: int, major: int = 9) -> Config:
     """The tile for a matmul of m rows; the bits of the result do not depend on it."""
-    return next((config for rows, config in TABLE if m <= rows), LARGE)
+    return next(config for rows, config in table(major) if rows is None or m <= rows)
+
+
+@functools.cache
+def _major(device: int | None) -> int:
+    """The compute capability's first number; for the interpreter Hopper's tiles do."""
+    return 9 if device is None else torch.cuda.get_device_capability(device)[0]
 
 
 @triton.jit
@@ -90,6 +101,9 @@ def _int8_mm_kernel(
     tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=in_m[:, None] & in_n[None, :])
 
 
+_launch = Launch(_int8_mm_kernel)
+
+
 def int8_mm(
     xq: Tensor, xs: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None, dtype: torch.dtype, config: Config | None = None
 ) -> Tensor:
@@ -99,18 +113,20 @@ def int8_mm(
     # the tensor cores read both operands along K
     xq = xq if xq.stride(2) == 1 else xq.contiguous()
     wq = wq if wq.stride(2) == 1 else wq.contiguous()
-    c = config or config_of(m)
+    c = config or config_of(m, _major(xq.device.index))
     # the interpreter's cast to bfloat16 does not round: it stores float32 and torch casts, with the bits of the GPU
     inner = torch.float32 if dtype == torch.float64 or not xq.is_cuda else dtype
     y = torch.empty((batch, m, n), dtype=inner, device=xq.device)
     b = y if bias is None else bias
-    with torch.cuda.device_of(xq):
-        _int8_mm_kernel[(triton.cdiv(m, c.block_m) * triton.cdiv(n, c.block_n) * batch,)](
-            xq, wq, xs, ws, b, y, m, n, k,
-            xq.stride(0), xq.stride(1), wq.stride(0), wq.stride(1), xs.stride(0), xs.stride(1), ws.stride(0), ws.stride(1),
-            b.stride(0), b.stride(1),
-            HAS_BIAS=bias is not None, EVEN_K=k % c.block_k == 0, WIDE=k > MAX_INT32_K, WIDE_EVERY=MAX_INT32_K // c.block_k,
-            BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, GROUP=8,
-            num_warps=c.warps, num_stages=c.stages, enable_fp_fusion=False,
-        )  # fmt: skip
+    strides = (
+        xq.stride(0), xq.stride(1), wq.stride(0), wq.stride(1), xs.stride(0), xs.stride(1), ws.stride(0), ws.stride(1),
+        b.stride(0), b.stride(1),
+    )  # fmt: skip
+    operands = (xq, wq, xs, ws, b)
+    alignment = tuple(t.data_ptr() % 16 == 0 for t in operands)
+    key = (xq.device.index, batch, m, n, k, strides, inner, b.dtype, bias is None, c, alignment)
+    constants = (bias is not None, k % c.block_k == 0, k > MAX_INT32_K, MAX_INT32_K // c.block_k, c.block_m, c.block_n, c.block_k, 8)
+    with on(xq.device):
+        _launch(key, (triton.cdiv(m, c.block_m) * triton.cdiv(n, c.block_n) * batch, 1, 1), (*operands, y, m, n, k, *strides),
+                constants, num_warps=c.warps, num_stages=c.stages, enable_fp_fusion=False)  # fmt: skip
     return y.to(dtype)

@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from teint8.kernels.launch import Launch, on
+
 _MAX_BLOCK = 16384  # a longer row is read twice, in blocks
 
 
@@ -80,25 +82,28 @@ def _quantize_kernel(
             tl.store(codes_ptrs + k, _codes(x, usable, multiplier, key, k + columns, STOCHASTIC), mask=inside)
 
 
+_launch = Launch(_quantize_kernel)
+
+
 def quantize(x: Tensor, seed: Tensor | None, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     """Codes (M, K) and scales (M,) of x (M, K); seed (S,) and scale (M,) as in ``teint8.ops.registry``."""
     m, k = x.shape
+    device = x.device
     if x.dtype == torch.float64:
         x = x.float()
     if x.stride(1) != 1:
         x = x.contiguous()
-    codes = torch.empty((m, k), dtype=torch.int8, device=x.device)
-    scales = torch.empty((m,), dtype=torch.float32, device=x.device)
-    block_k = min(triton.next_power_of_2(k), _MAX_BLOCK)
+    codes = torch.empty((m, k), dtype=torch.int8, device=device)
+    scales = torch.empty((m,), dtype=torch.float32, device=device)
     # short rows share a program; the interpreter's cost is that of its programs
-    block_m = max((4096 if x.is_cuda else 65536) // block_k, 1)
+    block_k = min(triton.next_power_of_2(k), _MAX_BLOCK)
+    block_m = max((4096 if device.type == "cuda" else 65536) // block_k, 1)
     block_m = min(block_m, triton.next_power_of_2(m))
-    with torch.cuda.device_of(x):
-        _quantize_kernel[(triton.cdiv(m, block_m),)](
-            x, codes, scales, codes if seed is None else seed.contiguous(), scales if scale is None else scale.contiguous(),
-            m, k, x.stride(0), 1 if seed is None else m // seed.numel(),
-            STOCHASTIC=seed is not None, STATIC=scale is not None,
-            BLOCK_M=block_m, BLOCK_K=block_k, ONE_BLOCK=k <= block_k,
-            num_warps=min(max(block_m * block_k // 1024, 1), 8), enable_fp_fusion=False,
-        )  # fmt: skip
+    stride, per_seed = x.stride(0), 1 if seed is None else m // seed.numel()
+    key = (device.index, x.dtype, m, k, stride, per_seed, seed is None, scale is None, x.data_ptr() % 16)
+    args = (x, codes, scales, codes if seed is None else seed.contiguous(), scales if scale is None else scale.contiguous(),
+            m, k, stride, per_seed)  # fmt: skip
+    with on(device):
+        _launch(key, (triton.cdiv(m, block_m), 1, 1), args, (seed is not None, scale is not None, block_m, block_k, k <= block_k),
+                num_warps=min(max(block_m * block_k // 1024, 1), 4), enable_fp_fusion=False)  # fmt: skip
     return codes, scales

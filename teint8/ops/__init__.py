@@ -1,11 +1,28 @@
 """INT8 ops on plain tensors, and the registry of their implementations."""
 
 from teint8.ops import cpu, cuda
+from teint8.ops.activate import activate
 from teint8.ops.linear import linear
+from teint8.ops.mlp import gated_mlp, merged_linear, mlp
 from teint8.ops.raw import int8_mm, quantize
+from teint8.ops.raw_both import quantize_both
 from teint8.ops.registry import Implementation, Problem, implementations, register, select
 
 cpu.register_all()
 cuda.register_all()
 
-__all__ = ["Implementation", "Problem", "implementations", "int8_mm", "linear", "quantize", "register", "select"]
+__all__ = [
+    "Implementation",
+    "Problem",
+    "activate",
+    "gated_mlp",
+    "implementations",
+    "int8_mm",
+    "linear",
+    "merged_linear",
+    "mlp",
+    "quantize",
+    "quantize_both",
+    "register",
+    "select",
+]

@@ -1,5 +1,6 @@
 """GPU implementations: Triton, imported when first called. The same kernels run in Triton's interpreter on the CPU for tests."""
 
+import functools
 import importlib.util
 import os
 from typing import Any
@@ -7,7 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from teint8.numerics import MAX_INT32_K
+from teint8.ops import registry
 from teint8.ops.registry import Problem, register
+
+FEW_ROWS = 4
+"""Up to this many rows a matmul is bound by reading its weight."""
 
 
 def _quantize(x: Tensor, seed: Tensor | None, scale: Tensor | None) -> Any:
@@ -16,29 +22,160 @@ def _quantize(x: Tensor, seed: Tensor | None, scale: Tensor | None) -> Any:
     return quantize.quantize(x, seed, scale)
 
 
+def _quantize_both(x: Tensor, seed: Tensor | None) -> Any:
+    from teint8.kernels import quantize_both
+
+    return quantize_both.quantize_both(x, seed=seed)[0]
+
+
+def _activation(
+    g: Tensor, u: Tensor | None, d: Tensor | None, kind: str, rows: bool, columns: bool, values: bool, seed: Tensor | None
+) -> list[Tensor]:
+    """Both orientations take two reads; rows and values take one, in a kernel of their own."""
+    from teint8.kernels.activation_rows import activation_rows
+    from teint8.kernels.quantize_both import quantize_both
+
+    inner = g.dtype
+    g, u, d = (t.float() if t is not None and t.dtype == torch.float64 else t for t in (g, u, d))
+    both = quantize_both(g, u, d, kind=kind, seed=seed) if columns else None
+    one = activation_rows(g, u, d, kind=kind, codes=rows and not columns, values=values, seed=seed) if values or not columns else None
+    out: list[Any] = []
+    for i in range(2 if u is not None and d is not None else 1):
+        if values and one is not None:
+            out.append(one[i].value if one[i].value is None else one[i].value.to(inner))  # type: ignore[union-attr]
+        if rows:
+            out += list(both[i][:2]) if both is not None else [one[i].codes, one[i].scale]  # type: ignore[index]
+        if both is not None:
+            out += list(both[i][2:])
+    return out
+
+
 def _int8_mm(xq: Tensor, xs: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     from teint8.kernels import int8_mm
 
     return int8_mm.int8_mm(xq, xs, wq, ws, bias, dtype)
 
 
+def _hopper(xq: Tensor, xs: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    from teint8.kernels import hopper
+
+    return hopper.int8_mm(xq, xs, wq, ws, bias, dtype)
+
+
+def _cublas(xq: Tensor, xs: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """cuBLAS's exact int32 sums, and the contract's epilogue in torch."""
+    acc = torch._int_mm(xq[0].contiguous(), wq[0].contiguous().t())
+    y = (acc.float() * ws) * xs.mT
+    return (y if bias is None else y + bias.float()).to(dtype).unsqueeze(0)
+
+
 def _linear(x: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """One kernel after the other, without what the dispatcher costs in between."""
-    from teint8.kernels import int8_mm, quantize
-
-    xq, xs = quantize.quantize(x, None, None)
+    m, k = x.shape
+    xq, xs = _quantize(x, None, None)
     b = None if bias is None else bias.detach().unsqueeze(0)
-    return int8_mm.int8_mm(xq.unsqueeze(0), xs.unsqueeze(0), wq.unsqueeze(0), ws.unsqueeze(0), b, dtype).squeeze(0)
+    run = registry.select("int8_mm", Problem("cuda", dtype, 1, m, wq.shape[0], k)).run
+    y: Tensor = run(xq.unsqueeze(0), xs.unsqueeze(0), wq.unsqueeze(0), ws.unsqueeze(0), b, dtype).squeeze(0)
+    return y
+
+
+def _few(x: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """One to four rows."""
+    from teint8.kernels import gemv
+
+    if not gemv.usable(wq):
+        return _linear(x, wq, ws, bias, dtype)
+    return gemv.gemv(x, None, wq, ws, bias, dtype)
+
+
+def _few_mlp(x: Tensor, gate: Any, up: Any, down: Any, biases: Any, kind: str) -> Tensor | None:
+    """An MLP of one to four rows; None where codes cannot be read as words."""
+    from teint8.kernels import gemv
+
+    if not all(gemv.usable(w[0]) for w in (gate, down, *(() if up is None else (up,)))):
+        return None
+    tops = torch.zeros(x.shape[0], dtype=torch.int32, device=x.device)
+    both = None if up is None else (*up, biases[1])
+    codes = (x, None) if x.shape[0] == 1 else _quantize(x, None, None)
+    h = gemv.gemv(*codes, *gate, biases[0], x.dtype, up=both, kind=kind, tops=tops)
+    return gemv.gemv(*gemv.quantize_known(h, tops), *down, biases[2], x.dtype)
+
+
+def _hopper_mlp(x: Tensor, gate: Any, up: Any, down: Any, biases: Any, kind: str) -> Tensor | None:
+    """An MLP of up to 64 rows on Hopper: gate and up in one launch; None without an up, or where one of both has a bias."""
+    from teint8.kernels import hopper
+    from teint8.kernels.activation_rows import activation_rows
+
+    if up is None or (biases[0] is None) != (biases[1] is None):
+        return None
+    b, ub = (None if t is None else t.detach() for t in biases[:2])
+    g, u = hopper.int8_mm(*_quantize(x, None, None), *gate, b, x.dtype, up=(*up, ub))
+    h = activation_rows(g, u, None, kind=kind, codes=True, values=False)[0]
+    return hopper.int8_mm(h.codes, h.scale, *down, None if biases[2] is None else biases[2].detach(), x.dtype)  # type: ignore[arg-type]
+
+
+def weight_only(x: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """x (M, K) in its own dtype by codes (N, K), where a few rows make reading the weight the cost; None elsewhere."""
+    from teint8.kernels import weight_only as kernel
+
+    if x.shape[0] > kernel.MAX_ROWS or x.dtype not in (torch.bfloat16, torch.float16) or 0 in x.shape:
+        return None
+    return kernel.weight_only(x, wq, ws, bias, dtype)
+
+
+def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Codes (..., K) on a GPU, scales (...), as floats."""
+    from teint8.kernels import dequantize
+
+    k = codes.shape[-1]
+    inner = torch.float32 if dtype == torch.float64 else dtype
+    return dequantize.dequantize(codes.reshape(-1, k), scale.reshape(-1), inner).to(dtype).view(codes.shape)
 
 
 def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _why_not(problem: Problem) -> str | None:
+@functools.cache
+def why_not_triton() -> str | None:
+    """The reason why Triton cannot run on this GPU, or None."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install triton"
     return "TRITON_INTERPRET=1 makes Triton run on the CPU" if _interpreting() else None
+
+
+def _why_not(problem: Problem) -> str | None:
+    return why_not_triton()
+
+
+def _hopper_why_not(problem: Problem) -> str | None:
+    reason = why_not_triton()
+    if reason is not None:
+        return reason
+    from teint8.kernels import hopper
+
+    return hopper.why_not(problem.device, problem.k)
+
+
+def _hopper_mlp_why_not(problem: Problem) -> str | None:
+    return f"M is {problem.m}; it is for up to 64 rows" if problem.m > 64 else _hopper_why_not(problem)
+
+
+def _few_why_not(problem: Problem) -> str | None:
+    reason = why_not_triton()
+    if reason is None and problem.m > FEW_ROWS:
+        reason = f"M is {problem.m}; it is for up to {FEW_ROWS} rows"
+    if reason is None and problem.k > MAX_INT32_K:
+        reason = f"K is {problem.k}; its int32 sums hold K up to {MAX_INT32_K}"
+    return reason
+
+
+def _cublas_why_not(problem: Problem) -> str | None:
+    if torch.version.cuda is None:
+        return "torch._int_mm runs cuBLAS on CUDA devices alone"
+    if problem.batch != 1 or problem.m <= 16 or problem.k % 8 or problem.n % 8 or problem.k > MAX_INT32_K:
+        return "torch._int_mm needs one matmul, M above 16, K and N multiples of 8"
+    return None
 
 
 def _interpreter_why_not(problem: Problem) -> str | None:
@@ -49,8 +186,14 @@ def _interpreter_why_not(problem: Problem) -> str | None:
 
 def register_all() -> None:
     """Register Triton for GPUs, and its interpreter, which runs only when asked for by name."""
-    register("quantize", "triton", _quantize, device="cuda", priority=20, why_not=_why_not)
-    register("int8_mm", "triton", _int8_mm, device="cuda", priority=20, why_not=_why_not)
+    register("int8_mm", "triton-hopper", _hopper, device="cuda", priority=30, why_not=_hopper_why_not, flat=True)
+    register("int8_mm", "cublas", _cublas, device="cuda", priority=15, why_not=_cublas_why_not)
+    for op, run in (
+        ("quantize", _quantize), ("int8_mm", _int8_mm), ("quantize_both", _quantize_both), ("activation", _activation),
+    ):  # fmt: skip
+        register(op, "triton", run, device="cuda", priority=20, why_not=_why_not)
+        register(op, "triton-interpreter", run, device="cpu", priority=-1, why_not=_interpreter_why_not)
     register("linear", "triton", _linear, device="cuda", priority=20, why_not=_why_not)
-    register("quantize", "triton-interpreter", _quantize, device="cpu", priority=-1, why_not=_interpreter_why_not)
-    register("int8_mm", "triton-interpreter", _int8_mm, device="cpu", priority=-1, why_not=_interpreter_why_not)
+    register("linear", "triton-gemv", _few, device="cuda", priority=30, why_not=_few_why_not)
+    register("mlp", "triton-hopper", _hopper_mlp, device="cuda", priority=25, why_not=_hopper_mlp_why_not)
+    register("mlp", "triton-gemv", _few_mlp, device="cuda", priority=30, why_not=_few_why_not)

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from teint8 import _torch, numerics
-from teint8.ops.raw import fused_linear, int8_mm, quantize
+from teint8.ops.raw import dequantize, fused_linear, int8_mm, quantize, weight_only_mm
+from teint8.ops.raw_both import quantize_both
+from teint8.ops.shared import Shared
 from teint8.ops.straight import hat, no_second_derivative, unclipped
 from teint8.qtensor import QTensor
 
@@ -37,18 +39,19 @@ class _Linear(torch.autograd.Function):
         ws: Tensor,
         xtq: Tensor | None,
         xts: Tensor | None,
+        wtq: Tensor | None,
+        wts: Tensor | None,
         clipped: Tensor | None,
         seed: Tensor | None,
         how: _How,
     ) -> Tensor:
         if xq is not None and xs is not None:
             return int8_mm(xq, xs, wq, ws, bias, how.dtype, how.impl)
-        y = x.to(how.dtype) @ numerics.dequantize(wq, ws, how.dtype).mT
-        return y if bias is None else y + bias.to(how.dtype).unsqueeze(-2)
+        return weight_only_mm(x.to(how.dtype), wq, ws, bias, how.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        x, w, bias, xq, xs, wq, ws, xtq, xts, clipped, seed, how = inputs
+        x, w, bias, xq, xs, wq, ws, xtq, xts, wtq, wts, clipped, seed, how = inputs
         ctx.set_materialize_grads(False)
         ctx.how = how
         ctx.dtypes = [None if t is None else t.dtype for t in (x, w, bias)]
@@ -58,29 +61,29 @@ class _Linear(torch.autograd.Function):
                 x = None
             if how.gradient and how.wgrad == "int8":  # dW wants x along the tokens
                 xq = xs = None
-            if how.gradient and w is not None:  # dX wants w along its channels; w is the parameter and costs nothing
+            if how.gradient and (w is not None or wtq is not None):  # dX wants w along its channels
                 wq = ws = None
-            else:
+            if not how.gradient or wtq is not None:
                 w = None
-        ctx.save_for_backward(x, w, xq, xs, wq, ws, xtq, xts, clipped, seed)
+        ctx.save_for_backward(x, w, xq, xs, wq, ws, xtq, xts, wtq, wts, clipped, seed)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> Any:  # type: ignore[override]
         grads: list[Tensor | None] = [None, None, None]
         if g is not None:
-            x, w, xq, xs, wq, ws, xtq, xts, clipped, seed = ctx.saved_tensors
+            x, w, xq, xs, wq, ws, xtq, xts, wtq, wts, clipped, seed = ctx.saved_tensors
             how: _How = ctx.how
+            rows, columns = _gradient_codes(g, ctx.needs_input_grad, seed, how)
             if ctx.needs_input_grad[0]:
-                grads[0] = unclipped(_dgrad(g, w, wq, ws, seed, how), clipped)
+                grads[0] = unclipped(_dgrad(g, w, wq, ws, _pair(wtq, wts), rows, how), clipped)
             if ctx.needs_input_grad[1]:
-                columns = None if xtq is None else (xtq, xts)
-                grads[1] = _wgrad(g, x, xq, xs, clipped, columns, seed, how)
+                grads[1] = _wgrad(g, x, xq, xs, clipped, _pair(xtq, xts), columns, how)
             if ctx.needs_input_grad[2]:
                 grads[2] = g.sum(-2)
             grads = [None if d is None else d.to(dtype) for d, dtype in zip(grads, ctx.dtypes, strict=True)]
             if not how.keep and torch.is_grad_enabled():
                 grads = [None if d is None else no_second_derivative(d) for d in grads]
-        return (*grads, *[None] * 9)
+        return (*grads, *[None] * 11)
 
     @staticmethod
     def jvp(ctx: Any, dx: Any, dw: Any, dbias: Any, *_: Any) -> Tensor:  # type: ignore[override]
@@ -96,32 +99,51 @@ class _Linear(torch.autograd.Function):
         return sum(parts[1:], parts[0]).clone()
 
 
-def _dgrad(g: Tensor, w: Tensor | None, wq: Any, ws: Any, seed: Tensor | None, how: _How) -> Tensor:
+Codes = tuple[Tensor, Tensor]
+
+
+def _pair(codes: Tensor | None, scale: Tensor | None) -> Codes | None:
+    return None if codes is None or scale is None else (codes, scale)
+
+
+def _gradient_codes(g: Tensor, needed: Any, seed: Tensor | None, how: _How) -> tuple[Codes | None, Codes | None]:
+    """G by token for dX and by channel for dW, each where it is wanted in INT8; both from one pass."""
+    g = g.detach()
+    want_rows = bool(how.gradient) and needed[0]
+    want_columns = bool(how.gradient) and how.wgrad == "int8" and needed[1]
+    if want_rows and want_columns:
+        q, s, tq, ts = quantize_both(g, seed=seed, impl=how.impl)
+        return (q, s), (tq, ts)
+    rows = quantize(g, seed=seed, impl=how.impl) if want_rows else None
+    # another stream of noise than dX has: the rows of G^T are not the rows of G
+    return rows, quantize(g.mT, seed=None if seed is None else seed + 1, impl=how.impl) if want_columns else None
+
+
+def _dgrad(g: Tensor, w: Tensor | None, wq: Any, ws: Any, channels: Codes | None, rows: Codes | None, how: _How) -> Tensor:
     """dX = G W_hat; in INT8, G by token against W by input channel."""
-    if not how.gradient:
+    if rows is None:
         return g @ hat(w, wq, ws, None, g.dtype)
-    w = numerics.dequantize(wq, ws) if w is None else w
-    return _product(g, w.mT, None, seed, how)
+    other = w
+    if other is None and channels is None:
+        other = dequantize(wq, ws, torch.float32)
+    return _product(g, rows, None if other is None else other.mT, channels, how)
 
 
-def _wgrad(
-    g: Tensor, x: Any, xq: Any, xs: Any, clipped: Any, columns: tuple[Tensor, Tensor] | None, seed: Tensor | None, how: _How
-) -> Tensor:
+def _wgrad(g: Tensor, x: Any, xq: Any, xs: Any, clipped: Any, features: Codes | None, columns: Codes | None, how: _How) -> Tensor:
     """dW = G^T X_hat; in INT8, G by output channel against X by feature, both along the tokens."""
     if columns is None:
         return g.mT @ hat(x, xq, xs, clipped, g.dtype)
-    # another stream of noise than dX has: the rows of G^T are not the rows of G
-    return _product(g.mT, None if x is None else x.mT, columns, None if seed is None else seed + 1, how)
+    return _product(g.mT, columns, None if x is None else x.mT, features, how)
 
 
-def _product(g: Tensor, other: Any, codes: tuple[Tensor, Tensor] | None, seed: Tensor | None, how: _How) -> Tensor:
+def _product(g: Tensor, gradient: Codes, other: Any, codes: Codes | None, how: _How) -> Tensor:
     """g @ other^T in INT8, quantized along the shared dimension; differentiable again where residuals are kept."""
-    gq, gs = quantize(g.detach(), seed=seed, impl=how.impl)
+    gq, gs = gradient
     oq, os = quantize(other.detach(), impl=how.impl) if codes is None else codes
     if not how.keep:
         return int8_mm(gq, gs, oq, os, None, g.dtype, how.impl)
     second = how._replace(dtype=g.dtype, gradient="", wgrad="float")
-    y: Tensor = _Linear.apply(g, other, None, gq, gs, oq, os, None, None, None, None, second)
+    y: Tensor = _Linear.apply(g, other, None, gq, gs, oq, os, None, None, None, None, None, None, second)
     return y
 
 
@@ -130,8 +152,8 @@ def _linear(
     x: Tensor,
     w: Tensor | None,
     bias: Tensor | None,
-    wq: Tensor,
-    ws: Tensor,
+    x_codes: tuple[Tensor, ...] | None,
+    w_codes: tuple[Tensor, ...],
     activation: str,
     activation_scale: Tensor | None,
     gradient: str,
@@ -139,26 +161,57 @@ def _linear(
     impl: str,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The linear of flat operands, with its weight already quantized."""
-    xq = xs = clipped = xtq = xts = seed = None
-    if activation:
-        whole = x.ndim if activation == "tensor" else 1
-        xq, xs = quantize(x.detach(), scale=activation_scale, group_dims=whole, impl=impl)
-    if not _differentiates(x, w, bias):
-        return _Linear.forward(x, None, bias, xq, xs, wq, ws, None, None, None, None, _How(dtype, "", "", impl, False))
+    """The linear of flat operands, with its weight already quantized, and its activation perhaps."""
+    clipped = seed = None
+    wanted = differentiates(x, w, bias)
+    columns = wanted and bool(gradient) and wgrad == "int8"
+    if x_codes is None:
+        x_codes = _activation_codes(x.detach(), activation, activation_scale, columns, impl)
+    xq: Any
+    xs: Any
+    wq: Any
+    ws: Any
+    xq, xs, xtq, xts = x_codes if len(x_codes) == 4 else (*x_codes, None, None) if x_codes else (None,) * 4
+    wq, ws, wtq, wts = w_codes if len(w_codes) == 4 else (*w_codes, None, None)
+    if not wanted:
+        return _Linear.forward(x, None, bias, xq, xs, wq, ws, None, None, None, None, None, None, _How(dtype, "", "", impl, False))
     if activation_scale is not None:
         clipped = numerics.clipped(x.detach(), activation_scale)
-    if gradient and wgrad == "int8":
-        xtq, xts = quantize(x.detach().mT, impl=impl)
     if gradient == "stochastic":
         seed = torch.randint(2**62, (), device=x.device)
-    how = _How(dtype, gradient, wgrad, impl, keep=_torch.in_transform() or _torch.forward_ad_level() >= 0)
-    y: Tensor = _Linear.apply(x, w, bias, xq, xs, wq, ws, xtq, xts, clipped, seed, how)
+    how = _How(dtype, gradient, wgrad, impl, keep=keeps())
+    y: Tensor = _Linear.apply(x, w, bias, xq, xs, wq, ws, xtq, xts, wtq, wts, clipped, seed, how)
     return y
 
 
-def _differentiates(*tensors: Tensor | None) -> bool:
-    if _torch.in_transform() or _torch.forward_ad_level() >= 0:
+def _activation_codes(x: Tensor, activation: str, scale: Tensor | None, columns: bool, impl: str) -> tuple[Tensor, ...]:
+    """Codes and scales of x, with columns those of its transpose too; none for a float activation."""
+    if not activation:
+        return ()
+    if columns and activation == "row" and scale is None:
+        return quantize_both(x, impl=impl)
+    whole = x.ndim if activation == "tensor" else 1
+    rows = quantize(x, scale=scale, group_dims=whole, impl=impl)
+    return (*rows, *quantize(x.mT, impl=impl)) if columns else rows
+
+
+def weight_codes_of(w: Tensor, granularity: str, columns: bool, impl: str = "") -> tuple[Tensor, ...]:
+    """Codes and scales of a float weight (..., N, K) by output channel; with columns, by input channel too, transposed, for dX."""
+    w = w.detach()
+    if granularity == "tensor":
+        rows = quantize(w, group_dims=2, impl=impl)
+        return (*rows, *quantize(w.mT, impl=impl)) if columns else rows
+    return quantize_both(w, impl=impl) if columns else quantize(w, impl=impl)
+
+
+def keeps() -> bool:
+    """Whether residuals must stay differentiable floats: under a torch.func transform or forward-mode derivatives."""
+    return _torch.in_transform() or _torch.forward_ad_level() >= 0
+
+
+def differentiates(*tensors: Tensor | None) -> bool:
+    """Whether a derivative by any of these may be asked for."""
+    if keeps():
         return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
@@ -175,6 +228,8 @@ def linear(
     wgrad: str = "int8",
     impl: str = "",
     dtype: torch.dtype | None = None,
+    shared: Shared | None = None,
+    weight_codes: tuple[Tensor, ...] | None = None,
 ) -> Tensor:
     """``x @ weight^T + bias`` in INT8 by the numerics contract, with STE derivatives (Bengio et al., 2013).
 
@@ -192,6 +247,8 @@ def linear(
         wgrad: "int8" or "float" for dW, where gradient is given.
         impl: name of an implementation, "reference" for plain torch; "" for the best.
         dtype: of the result; that of x unless given (torch.autocast gives it).
+        shared: where codes of activations are kept, for calls that share one.
+        weight_codes: what ``weight_codes_of`` made of a float weight, if that was done before.
 
     Returns:
         (..., N) or (B, M, N).
@@ -212,18 +269,23 @@ def linear(
     if packed is None:
         w = weight
         _check(x, w, w.dtype, bias, dtype)  # type: ignore[union-attr,arg-type]
-        group = 1 if weight_granularity == "row" else 2
-        wq, ws = quantize(w.detach(), group_dims=group, impl=impl)  # type: ignore[union-attr]
+        codes = weight_codes or weight_codes_of(w, weight_granularity, bool(gradient) and differentiates(x, w, bias), impl)  # type: ignore[arg-type]
+        wq, ws = codes[:2]
     else:
         w = None
-        wq, ws = packed.rows()
+        codes = wq, ws = packed.rows()
         _check(x, wq, packed.dtype, bias, dtype)
-    if activation == "row" and not static and not impl and not _differentiates(x, w, bias):  # type: ignore[arg-type]
+    if activation == "row" and not static and not impl and not differentiates(x, w, bias):  # type: ignore[arg-type]
         fused = fused_linear(x, wq, ws, bias, dtype or x.dtype)
         if fused is not None:
             return fused
     flat = x if wq.ndim > 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    y: Tensor = _linear(flat, w, bias, wq, ws, activation or "", scale, gradient or "", wgrad, impl, dtype or x.dtype)
+    x_codes = None
+    if shared is not None and activation == "row" and scale is None:
+        columns = bool(gradient) and wgrad == "int8" and differentiates(x, w, bias)
+        how = (columns, wq.ndim > 2, impl)
+        x_codes = shared.codes(x, how, lambda: _activation_codes(flat.detach(), "row", None, columns, impl))
+    y: Tensor = _linear(flat, w, bias, x_codes, codes, activation or "", scale, gradient or "", wgrad, impl, dtype or x.dtype)
     return y if wq.ndim > 2 else y.reshape(*x.shape[:-1], wq.shape[-2])
 
 

@@ -1,4 +1,4 @@
-"""The two raw ops, ``quantize`` and ``int8_mm``: schemas, fake tensors and vmap rules. They have no derivative.
+"""The raw ops ``quantize`` and ``int8_mm``: schemas, fake tensors and vmap rules. They have no derivative.
 
 Derivatives are in ``ops/linear.py``, on top of these: an op of torch.library with an autograd formula does not work under torch.func.
 """
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from teint8 import _torch
+from teint8 import _torch, numerics
 from teint8.ops import registry
 from teint8.ops.registry import Problem
 
@@ -45,7 +45,7 @@ def quantize(
         ([[64, -127], [0, 0]], torch.Size([2]))
 
     """
-    op = _quantize if _direct(x, seed, scale) else torch.ops.teint8.quantize
+    op = _quantize if direct(x, seed, scale) else torch.ops.teint8.quantize
     codes, scales = op(x, seed, scale, group_dims, impl)
     if group_dims > 1:
         scales = scales.reshape(*scales.shape, *[1] * (group_dims - 1)).expand(x.shape[:-1])
@@ -83,7 +83,7 @@ def int8_mm(
         tensor([[5.0158]])
 
     """
-    op = _int8_mm if _direct(x_codes, x_scale, w_codes, w_scale, bias) else torch.ops.teint8.int8_mm
+    op = _int8_mm if direct(x_codes, x_scale, w_codes, w_scale, bias) else torch.ops.teint8.int8_mm
     y: Tensor = op(x_codes, x_scale, w_codes, w_scale, bias, dtype, impl)
     return y
 
@@ -95,7 +95,7 @@ def fused_linear(x: Tensor, w_codes: Tensor, w_scale: Tensor, bias: Tensor | Non
         x: (..., K), any float dtype. The rest as for ``int8_mm``, with w_codes (N, K).
 
     """
-    if w_codes.ndim != 2 or dtype != x.dtype or not _direct(x, w_codes, bias) or 0 in x.shape:
+    if w_codes.ndim != 2 or dtype != x.dtype or not direct(x, w_codes, bias) or 0 in x.shape:
         return None
     n, k = w_codes.shape
     m = x.numel() // k
@@ -106,6 +106,37 @@ def fused_linear(x: Tensor, w_codes: Tensor, w_scale: Tensor, bias: Tensor | Non
     return y.view(*x.shape[:-1], n)
 
 
+def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """``codes * scale`` in float32, then cast: ``numerics.dequantize``, in one kernel where there is one.
+
+    Args:
+        codes: int8 (..., K). scale: float32 (...). dtype: float dtype of the result.
+
+    """
+    if codes.is_cuda and codes.numel() > 0 and direct(codes, scale):
+        from teint8.ops import cuda
+
+        if cuda.why_not_triton() is None:
+            return cuda.dequantize(codes, scale, dtype)
+    return numerics.dequantize(codes, scale, dtype)
+
+
+def weight_only_mm(x: Tensor, w_codes: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """W8A16: floats x (..., K) by a weight of codes (N, K), or (B, M, K) by (B, N, K); a float matmul, which has no contract of bits."""
+    if x.is_cuda and x.ndim == w_codes.ndim == 2 and w_codes.numel() > 0 and direct(x, w_codes, w_scale, bias):
+        from teint8.ops import cuda
+
+        y = (
+            None
+            if cuda.why_not_triton()
+            else cuda.weight_only(x.detach(), w_codes, w_scale, None if bias is None else bias.detach(), dtype)
+        )
+        if y is not None:
+            return y
+    y = x @ dequantize(w_codes, w_scale, dtype).mT
+    return y if bias is None else y + bias.to(dtype).unsqueeze(-2)
+
+
 def problem_of(x: Tensor, n: int, w_ndim: int) -> Problem:
     """The Problem that ``int8_mm`` of x (..., K) with a weight of n channels poses."""
     batch = x.shape[0] if w_ndim > 2 else 1
@@ -113,11 +144,9 @@ def problem_of(x: Tensor, n: int, w_ndim: int) -> Problem:
     return Problem(x.device.type, x.dtype, batch, x.numel() // max(k * batch, 1), n, k)
 
 
-def _direct(*tensors: Tensor | None) -> bool:
+def direct(*tensors: Tensor | None) -> bool:
     """Whether the dispatcher would only cost time: real tensors, nothing that traces or transforms."""
-    if torch.compiler.is_compiling() or not _torch.no_dispatch_modes():
-        return False
-    return all(t is None or _torch.is_plain(t) for t in tensors)
+    return not torch.compiler.is_compiling() and _torch.are_plain(*tensors)
 
 
 def _quantize(x: Tensor, seed: Tensor | None, scale: Tensor | None, group_dims: int, impl: str) -> Any:
@@ -125,12 +154,13 @@ def _quantize(x: Tensor, seed: Tensor | None, scale: Tensor | None, group_dims: 
     if x.numel() == 0:
         # the scale of an empty group is 0, and there may be groups though there is no element
         return torch.empty(x.shape, dtype=torch.int8, device=x.device), x.new_zeros(shape, dtype=torch.float32)
-    rows = x.detach().reshape(shape.numel(), -1)
+    flat = x.ndim == 2 and group_dims == 1
+    rows = x.detach() if flat else x.detach().reshape(shape.numel(), -1)
     seed = None if seed is None else seed.reshape(-1)
     scale = None if scale is None else scale.expand(shape).reshape(-1)
     problem = Problem(x.device.type, x.dtype, 1, rows.shape[0], 0, rows.shape[1])
     codes, scales = registry.select("quantize", problem, impl).run(rows, seed, scale)
-    return codes.reshape(x.shape), scales.reshape(shape)
+    return (codes, scales) if flat else (codes.reshape(x.shape), scales.reshape(shape))
 
 
 def _int8_mm(
@@ -142,26 +172,35 @@ def _int8_mm(
     dtype: torch.dtype,
     impl: str,
 ) -> Tensor:
-    n, k = w_codes.shape[-2:]
-    shape = (*x_codes.shape[:-1], n)
+    shape, (n, k) = x_codes.shape, w_codes.shape[-2:]
     batch = w_codes.shape[0] if w_codes.ndim > 2 else 1
-    if 0 in shape or k == 0:
-        y = torch.zeros(shape, dtype=torch.float32, device=x_codes.device) * x_scale.unsqueeze(-1)
-        if bias is not None:
-            y = y + (bias.float() if w_codes.ndim == 2 else bias.float().unsqueeze(-2))
-        return y.to(dtype)
-    x3 = x_codes.reshape(batch, -1, k)
-    problem = Problem(x3.device.type, dtype, batch, x3.shape[1], n, k)
-    out: Tensor = registry.select("int8_mm", problem, impl).run(
-        x3,
+    if x_codes.numel() == 0 or n == 0:
+        return _empty_mm(x_codes, x_scale, w_codes, bias, dtype)
+    problem = Problem(x_codes.device.type, dtype, batch, x_codes.numel() // (k * batch), n, k)
+    implementation = registry.select("int8_mm", problem, impl)
+    b = None if bias is None else bias.detach()
+    if implementation.flat and w_codes.ndim == 2 and len(shape) == 2:
+        y: Tensor = implementation.run(x_codes, x_scale, w_codes, w_scale, b, dtype)
+        return y
+    y = implementation.run(
+        x_codes.reshape(batch, -1, k),
         x_scale.reshape(batch, -1),
         w_codes.reshape(batch, n, k),
         w_scale.reshape(batch, n),
-        None if bias is None else bias.detach().reshape(batch, n),
+        None if b is None else b.reshape(batch, n),
         dtype,
     )
     # a view that autograd does not take for one: the caller may write to the result in place
-    return torch.ops.aten._unsafe_view(out, shape)  # type: ignore[no-any-return]
+    return torch.ops.aten._unsafe_view(y, (*shape[:-1], n))  # type: ignore[no-any-return]
+
+
+def _empty_mm(x_codes: Tensor, x_scale: Tensor, w_codes: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Where nothing is summed: 0 times the scale (NaN stays NaN), and the bias."""
+    shape = (*x_codes.shape[:-1], w_codes.shape[-2])
+    y = torch.zeros(shape, dtype=torch.float32, device=x_codes.device) * x_scale.unsqueeze(-1)
+    if bias is not None:
+        y = y + (bias.float() if w_codes.ndim == 2 else bias.float().unsqueeze(-2))
+    return y.to(dtype)
 
 
 _library.impl("quantize", _quantize, "CompositeExplicitAutograd")
@@ -187,18 +226,18 @@ def _int8_mm_fake(
     return x_codes.new_empty((*x_codes.shape[:-1], w_codes.shape[-2]), dtype=dtype)
 
 
-def _front(t: Tensor, dim: int | None, size: int) -> Tensor:
+def front(t: Tensor, dim: int | None, size: int) -> Tensor:
     """The mapped dimension in front; expanded, not copied, where there is none."""
     return t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
 
 
 @torch.library.register_vmap("teint8::quantize", lib=_library)  # type: ignore[untyped-decorator]
 def _quantize_vmap(info: Any, in_dims: Any, x: Tensor, seed: Tensor | None, scale: Tensor | None, group_dims: int, impl: str) -> Any:
-    x = _front(x, in_dims[0], info.batch_size)
+    x = front(x, in_dims[0], info.batch_size)
     if seed is not None:
-        seed = _front(seed, in_dims[1], info.batch_size)
+        seed = front(seed, in_dims[1], info.batch_size)
     if scale is not None:
-        scale = _front(scale, in_dims[2], info.batch_size)
+        scale = front(scale, in_dims[2], info.batch_size)
         rows = x.ndim - group_dims
         scale = scale.reshape(scale.shape[0], *[1] * (rows - scale.ndim), *scale.shape[1:])
     return torch.ops.teint8.quantize(x, seed, scale, group_dims, impl), (0, 0)
@@ -217,11 +256,11 @@ def _int8_mm_vmap(
     impl: str,
 ) -> Any:
     size, weight_dims = info.batch_size, in_dims[2:5]
-    xq, xs = _front(x_codes, in_dims[0], size), _front(x_scale, in_dims[1], size)
+    xq, xs = front(x_codes, in_dims[0], size), front(x_scale, in_dims[1], size)
     if weight_dims == (None, None, None) and w_codes.ndim == 2:  # the mapped dimension folds into the rows
         return torch.ops.teint8.int8_mm(xq, xs, w_codes, w_scale, bias, dtype, impl), 0
-    wq, ws = _front(w_codes, in_dims[2], size), _front(w_scale, in_dims[3], size)
-    b = None if bias is None else _front(bias, in_dims[4], size)
+    wq, ws = front(w_codes, in_dims[2], size), front(w_scale, in_dims[3], size)
+    b = None if bias is None else front(bias, in_dims[4], size)
     shape = (*xq.shape[:-1], wq.shape[-2])
     batch = wq.shape[:-2].numel()  # a batch of batches, or of stacked weights: one batched matmul
     y = torch.ops.teint8.int8_mm(

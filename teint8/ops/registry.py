@@ -8,6 +8,14 @@ Ops and what their implementations are called with (always these shapes; broadca
               as ``numerics.int8_mm``.
 ``linear``    ``run(x (M, K) float, w_codes (N, K), w_scale (N,), bias (N,) | None, dtype) -> (M, N)``
               optional: both in one, for inference, where a device has something better than one after the other.
+              An implementation whose ``flat`` is true takes the same without the batch dimension, too.
+``quantize_both``  ``run(x (M, K) or (B, M, K) float, seed int64 (B,) | None) -> codes (..., M, K), scale (..., M), tcodes (..., K, M), tscale (..., K)``
+              rows of x, and of its transpose, which is rounded with seed + 1.
+``activation``  ``run(g (M, N) or (B, M, N), u | None, d | None, kind, rows, columns, values, seed (B,) | None) -> [tensors]``
+              as ``activations.value``, or ``activations.gradient`` where d is given; for each result its values (..., M, N), its row
+              codes and scales, its transposed column codes and scales, of these what is asked for. The second result takes seed + 2.
+``mlp``       ``run(x (M, K) float, gate, up | None, down, biases, kind) -> (M, K')``, each weight (codes (N, K), scale (N,))
+              optional: linear, activation, linear in one, for inference; n is that of the gate.
 
 No size is 0: empty problems are answered before an implementation is looked for.
 """
@@ -18,9 +26,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from teint8 import numerics
+from teint8 import activations, numerics
 
-OPS = ("quantize", "int8_mm", "linear")
+OPS = ("quantize", "int8_mm", "linear", "quantize_both", "activation", "mlp")
 
 
 class Problem(NamedTuple):
@@ -39,12 +47,13 @@ class Implementation:
     """One way to run an op.
 
     Attributes:
-        op: "quantize", "int8_mm" or "linear".
+        op: one of OPS.
         name: what the receipt calls it.
         run: the function; see the module's docstring for its arguments.
         device: torch's device type, or "" for every device.
         priority: the highest that is usable wins; below 0 it runs only when asked for by name.
         why_not: given a Problem, the reason why it cannot run that, or None. It is asked once for each Problem.
+        flat: for int8_mm, whether operands may come without their batch dimension.
 
     """
 
@@ -54,6 +63,7 @@ class Implementation:
     device: str
     priority: int
     why_not: Callable[[Problem], str | None]
+    flat: bool = False
 
 
 _implementations: dict[str, list[Implementation]] = {op: [] for op in OPS}
@@ -69,18 +79,20 @@ def register(
     device: str = "",
     priority: int = 0,
     why_not: Callable[[Problem], str | None] = lambda problem: None,
+    flat: bool = False,
 ) -> Implementation:
     """Add an implementation of an op; one of the same op and name is replaced.
 
     It must return the contract's bits: run ``tests/contract.py`` over it.
 
     Args:
-        op: "quantize", "int8_mm" or "linear".
+        op: one of OPS.
         name: a new name, shown in receipts.
         run: called with the shapes that ``teint8.ops.registry`` documents.
         device: torch's device type ("cuda", "mps", "xpu"), or "" for every device.
         priority: teint8's own have 0 (reference), 10 (portable) and 20 (native).
         why_not: tells why a problem cannot be run, or None.
+        flat: for int8_mm, whether it takes operands without their batch dimension, too.
 
     Raises:
         ValueError: an unknown op. TypeError: ``run`` is not callable.
@@ -97,7 +109,7 @@ def register(
         raise ValueError(f"register: op is {op!r}; it must be one of {', '.join(map(repr, OPS))}")
     if not callable(run):
         raise TypeError(f"register: run is {run!r}; a function is needed")
-    added = Implementation(op, name, run, device, priority, why_not)
+    added = Implementation(op, name, run, device, priority, why_not, flat)
     others = [i for i in _implementations[op] if i.name != name]
     _implementations[op] = sorted([*others, added], key=lambda i: -i.priority)
     _selected.clear()
@@ -159,5 +171,43 @@ def _reference_quantize(x: torch.Tensor, seed: torch.Tensor | None, scale: torch
     return numerics.quantize(x, seed) if scale is None else numerics.quantize_static(x, scale)
 
 
+def _reference_both(x: torch.Tensor, seed: torch.Tensor | None) -> Any:
+    return _both(x, seed, _reference_quantize)
+
+
+def _composed_both(x: torch.Tensor, seed: torch.Tensor | None) -> Any:
+    return _both(x, seed, _best_quantize)
+
+
+def _both(x: torch.Tensor, seed: torch.Tensor | None, quantize: Callable[..., Any]) -> Any:
+    m, k = x.shape[-2:]
+    codes, scale = quantize(x.reshape(-1, k), seed, None)
+    tcodes, tscale = quantize(x.mT.reshape(-1, m), None if seed is None else seed + 1, None)
+    return codes.view(x.shape), scale.view(x.shape[:-1]), tcodes.view(x.mT.shape), tscale.view(x.mT.shape[:-1])
+
+
+def _best_quantize(x: torch.Tensor, seed: torch.Tensor | None, scale: torch.Tensor | None) -> Any:
+    problem = Problem(x.device.type, x.dtype, 1, x.shape[0], 0, x.shape[1])
+    return select("quantize", problem).run(x, seed, scale)
+
+
+def _activation(quantize: Callable[..., Any]) -> Callable[..., list[torch.Tensor]]:
+    """The activation in plain torch, its results quantized by a function that quantizes rows."""
+
+    def run(g: Any, u: Any, d: Any, kind: str, rows: bool, columns: bool, values: bool, seed: Any) -> list[torch.Tensor]:
+        results = [activations.value(kind, g, u)] if d is None else [r for r in activations.gradient(kind, g, u, d) if r is not None]
+        out: list[torch.Tensor] = []
+        for i, x in enumerate(results):
+            codes, scale, tcodes, tscale = _both(x, None if seed is None else seed + 2 * i, quantize)
+            out += [x] * values + [codes, scale] * rows + [tcodes, tscale] * columns
+        return out
+
+    return run
+
+
+register("quantize_both", "reference", _reference_both)
+register("quantize_both", "composed", _composed_both, priority=5)
+register("activation", "reference", _activation(_reference_quantize))
+register("activation", "composed", _activation(_best_quantize), priority=5)
 register("quantize", "reference", _reference_quantize)
 register("int8_mm", "reference", numerics.int8_mm)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from teint8 import numerics
+from teint8.ops.raw import dequantize
 
 
 class _Straight(torch.autograd.Function):
@@ -13,7 +13,7 @@ class _Straight(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, codes: Tensor, scale: Tensor, clipped: Tensor | None) -> Tensor:
-        return numerics.dequantize(codes, scale, x.dtype)
+        return dequantize(codes, scale, x.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -55,7 +55,7 @@ def hat(x: Tensor | None, codes: Any, scale: Any, clipped: Tensor | None, dtype:
     if codes is None:
         return x.to(dtype)  # type: ignore[union-attr]
     if x is None:
-        return numerics.dequantize(codes, scale, dtype)
+        return dequantize(codes, scale, dtype)
     value: Tensor = _Straight.apply(x, codes, scale, clipped)
     return value.to(dtype)
 

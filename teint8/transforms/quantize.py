@@ -8,6 +8,7 @@ import torch
 import torch.utils._pytree as torch_pytree
 from torch import Tensor, nn
 
+from teint8.ops.shared import Shared
 from teint8.policy import Policy
 from teint8.qtensor import QTensor
 from teint8.transforms.calls import Operand
@@ -40,6 +41,7 @@ class BoundRoute(Route):
     def __init__(self, policy: Policy, strict: bool, receipt: Receipt | None) -> None:
         super().__init__(policy, strict, receipt)
         self.known: dict[Tensor, Operand] = {}
+        self.shared = Shared()
         self.packed_leaves = False
         self.rebind: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
 

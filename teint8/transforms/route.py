@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from teint8 import _torch, ops
 from teint8.ops.raw import problem_of
+from teint8.ops.shared import Shared
 from teint8.policy import Policy, Rule
 from teint8.qtensor import QTensor
 from teint8.transforms import callsite, shapes
@@ -34,6 +35,7 @@ class Route(TorchFunctionMode):
         super().__init__()
         self.policy, self.strict, self.receipt = policy, strict, receipt
         self.matched: set[int] = set()
+        self.shared: Shared | None = None  # where codes of activations are kept for the next call that takes the same one
         self._entries: dict[int, list[int]] = {}  # by thread, the frames that entered this route
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -70,6 +72,10 @@ class Route(TorchFunctionMode):
     def packed(self, weight: Operand, axis: int, granularity: str) -> Operand:
         """The weight with its codes where they are held already, else as it is."""
         return weight
+
+    def weight_codes(self, weight: Operand, value: Any, axis: int, rule: Rule, cut: Any) -> tuple[Tensor, ...] | None:
+        """Codes of a float weight where they are held already, as ``ops.linear`` takes them."""
+        return None
 
     def replaying(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """``function``, which recomputes a checkpoint, under this route."""
@@ -167,6 +173,8 @@ class Route(TorchFunctionMode):
             wgrad=rule.wgrad,
             impl=impl,
             dtype=_autocast_dtype(x),
+            shared=self.shared,
+            weight_codes=self.weight_codes(weight, value, axis, rule, cut),
         )
         return y if cut is None else y[..., cut]
 

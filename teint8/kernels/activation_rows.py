@@ -1,0 +1,154 @@
+"""An activation function, or the gradients of one, in one read: its values, its row codes, or both."""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from teint8.kernels.activation import INTERPRETING, rounded
+from teint8.kernels.launch import Launch, on
+from teint8.kernels.quantize_both import _bits, _code_bits, _key, _larger, _noise, _scale_and_multiplier, _source, _top, alike, dense
+
+_MAX_BLOCK = 16384  # a longer row is read twice, in blocks
+
+
+@triton.jit
+def _finish(x, top, n, inside, codes_ptr, value_ptr, key, CODES: tl.constexpr, VALUES: tl.constexpr, STOCHASTIC: tl.constexpr):
+    if VALUES:
+        tl.store(value_ptr + n, x.to(value_ptr.dtype.element_ty), mask=inside)  # rounded already
+    if CODES:
+        scale, multiplier = _scale_and_multiplier(top)
+        noise = _noise(key, n) if STOCHASTIC else x
+        q = _code_bits(x, multiplier, noise, STOCHASTIC)
+        tl.store(codes_ptr + n, tl.where(multiplier != 0, q, 0).to(tl.int8), mask=inside)
+
+
+@triton.jit
+def _activation_rows_kernel(
+    g_ptr, u_ptr, d_ptr, codes0_ptr, scale0_ptr, value0_ptr, codes1_ptr, scale1_ptr, value1_ptr, seed_ptr, M, N,
+    stride_gb, stride_gm, stride_db, stride_dm,
+    KIND: tl.constexpr, GATED: tl.constexpr, BACKWARD: tl.constexpr, OUTPUTS: tl.constexpr, CODES: tl.constexpr, VALUES: tl.constexpr,
+    STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    batch = tl.program_id(1).to(tl.int64)
+    n = tl.arange(0, BLOCK)
+    g_ptr += batch * stride_gb + row.to(tl.int64) * stride_gm
+    u_ptr += batch * stride_gb + row.to(tl.int64) * stride_gm
+    d_ptr += batch * stride_db + row.to(tl.int64) * stride_dm
+    out = (batch * M + row) * N
+    top0 = tl.zeros((1,), tl.float32)
+    top1 = tl.zeros((1,), tl.float32)
+    dtype = g_ptr.dtype.element_ty
+    seed = tl.load(seed_ptr + batch) if STOCHASTIC else 0
+    key0 = _key(seed, row) if STOCHASTIC else row
+    key1 = _key(seed + 2, row) if STOCHASTIC else row
+    if ONE_BLOCK:
+        first, second = _source(g_ptr, u_ptr, d_ptr, n, n, n < N, KIND, GATED, BACKWARD, False)
+        if CODES:
+            top0 = _larger(top0, _top(first, 0))
+            top1 = _larger(top1, _top(second, 0))
+        _finish(
+            rounded(first, dtype), _bits(top0, dtype), n, n < N, codes0_ptr + out, value0_ptr + out, key0, CODES, VALUES, STOCHASTIC
+        )
+        if OUTPUTS == 2:
+            _finish(
+                rounded(second, dtype),
+                _bits(top1, dtype),
+                n,
+                n < N,
+                codes1_ptr + out,
+                value1_ptr + out,
+                key1,
+                CODES,
+                VALUES,
+                STOCHASTIC,
+            )
+    else:
+        if CODES:
+            for k in range(0, N, BLOCK):
+                first, second = _source(g_ptr, u_ptr, d_ptr, k + n, k + n, k + n < N, KIND, GATED, BACKWARD, False)
+                top0 = _larger(top0, _top(first, 0))
+                top1 = _larger(top1, _top(second, 0))
+        for k in range(0, N, BLOCK):
+            at = k + n
+            first, second = _source(g_ptr, u_ptr, d_ptr, at, at, at < N, KIND, GATED, BACKWARD, False)
+            _finish(
+                rounded(first, dtype),
+                _bits(top0, dtype),
+                at,
+                at < N,
+                codes0_ptr + out,
+                value0_ptr + out,
+                key0,
+                CODES,
+                VALUES,
+                STOCHASTIC,
+            )
+            if OUTPUTS == 2:
+                _finish(
+                    rounded(second, dtype),
+                    _bits(top1, dtype),
+                    at,
+                    at < N,
+                    codes1_ptr + out,
+                    value1_ptr + out,
+                    key1,
+                    CODES,
+                    VALUES,
+                    STOCHASTIC,
+                )
+    if CODES:
+        one = tl.arange(0, 1)
+        tl.store(scale0_ptr + batch * M + row + one, _scale_and_multiplier(_bits(top0, dtype))[0])
+        if OUTPUTS == 2:
+            tl.store(scale1_ptr + batch * M + row + one, _scale_and_multiplier(_bits(top1, dtype))[0])
+
+
+class Rows(NamedTuple):
+    """What is made of one tensor: int8 codes (B, M, N) and scales (B, M), and its values (B, M, N); None where not asked for."""
+
+    codes: Tensor | None
+    scale: Tensor | None
+    value: Tensor | None
+
+
+_launch = Launch(_activation_rows_kernel)
+
+
+def activation_rows(
+    g: Tensor, u: Tensor | None, d: Tensor | None, *, kind: str, codes: bool, values: bool, seed: Tensor | None = None
+) -> tuple[Rows, ...]:
+    """Rows of the value of an activation, or of its gradients; arguments as for ``quantize_both``."""
+    shape, device, dtype = g.shape, g.device, g.dtype
+    m, n = shape[-2:]
+    batch = shape[:-2].numel()
+    g = dense(g)
+    gated, backward = u is not None, d is not None
+    u, d = alike(u, g), g if d is None else dense(d)
+    outputs = 2 if gated and backward else 1
+    # the interpreter's cast to bfloat16 does not round: it stores float32, whose values are rounded already
+    inner = torch.float32 if INTERPRETING else g.dtype
+    made = [
+        (
+            torch.empty(shape, dtype=torch.int8, device=device) if codes else g,
+            torch.empty(shape[:-1], dtype=torch.float32, device=device) if codes else g,
+            torch.empty(shape, dtype=inner, device=device) if values else g,
+        )
+        for _ in range(outputs)
+    ]
+    strides = (g.stride(0), g.stride(-2), d.stride(0), d.stride(-2))
+    key = (device.index, g.dtype, shape, strides, kind, gated, backward, codes, values, seed is None,
+           (g.data_ptr() | u.data_ptr() | d.data_ptr()) % 16)  # fmt: skip
+    args = (g, u, d, *made[0], *made[-1], g if seed is None else seed.contiguous(), m, n, *strides)
+    with on(device):
+        if _launch.known(key):
+            _launch.again(key, (m, batch, 1), args)
+        else:
+            # codes want the whole row in registers; values alone go by blocks that leave few lanes idle
+            block = min(triton.next_power_of_2(n), _MAX_BLOCK if codes else 4096)
+            constants = (kind, gated, backward, outputs, codes, values, seed is not None, block, n <= block)
+            _launch.first(key, (m, batch, 1), args, constants, num_warps=min(max(block // 1024, 1), 16), enable_fp_fusion=False)
+    return tuple(Rows(q if codes else None, s if codes else None, v.to(dtype) if values else None) for q, s, v in made)

@@ -1,0 +1,355 @@
+"""Codes of rows and transposed codes of columns, for the backward's K-major operands: two reads of the source, whatever it is.
+
+The first kernel takes absmax of rows and of columns in one read, the second writes both codes in another. The source is a tensor, an
+activation function of one (or of a gate and its other half), or the gradients of that: what lies between two matmuls is never written
+down. Four rows at a time are packed into int32, so that the transpose moves words and stores 16 bytes.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from teint8.kernels.activation import INTERPRETING, pack4, rounded, value_and_slope
+from teint8.kernels.launch import Launch, on
+from teint8.kernels.quantize import _mix32
+
+
+@triton.jit
+def _load(ptr, at, mask, EVEN: tl.constexpr):
+    x = tl.load(ptr + at) if EVEN else tl.load(ptr + at, mask=mask, other=0.0)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def _source(
+    g_ptr, u_ptr, d_ptr, at, at_d, mask, KIND: tl.constexpr, GATED: tl.constexpr, BACKWARD: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """What is quantized, in float32 before it is rounded to its dtype: one tensor, or two for the gradients of a gate."""
+    g = _load(g_ptr, at, mask, EVEN)
+    first = g
+    second = g
+    if KIND != "":
+        z, slope = value_and_slope(g, KIND)
+        if GATED:
+            u = _load(u_ptr, at, mask, EVEN)
+        if BACKWARD:
+            d = _load(d_ptr, at_d, mask, EVEN)
+            first = (d * u) * slope if GATED else d * slope
+            second = d * z
+        else:
+            first = z * u if GATED else z
+    return first, second
+
+
+@triton.jit
+def _larger(a, b):
+    """The larger of two, NaN if one is."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _top(x, AXIS: tl.constexpr):
+    """Largest |x| along an axis, NaN where a value is."""
+    return tl.reduce(tl.abs(x), AXIS, _larger)
+
+
+@triton.jit
+def _bits(absmax, DTYPE: tl.constexpr):
+    """int32 that order as absmax does, NaN above infinity; rounding to the dtype of the values commutes with the maximum."""
+    return rounded(absmax, DTYPE).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def _absmax_kernel(
+    g_ptr, u_ptr, d_ptr, tops_ptr, M, N, stride_gb, stride_gm, stride_db, stride_dm,
+    KIND: tl.constexpr, GATED: tl.constexpr, BACKWARD: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr, OUTPUTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPAN: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    batch = tl.program_id(2).to(tl.int64)
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_n = columns < N
+    g_ptr += batch * stride_gb
+    u_ptr += batch * stride_gb
+    d_ptr += batch * stride_db
+    rows_ptr = tops_ptr + batch * OUTPUTS * M
+    columns_ptr = tops_ptr + tl.num_programs(2) * OUTPUTS * M + batch * OUTPUTS * N
+    top0 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    top1 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    dtype = g_ptr.dtype.element_ty
+    for i in tl.range(0, SPAN, BLOCK_M, num_stages=STAGES):
+        rows = tl.program_id(1) * SPAN + i + tl.arange(0, BLOCK_M)
+        in_m = rows < M
+        r = rows.to(tl.int64) if WIDE else rows
+        mask = in_m[:, None] & in_n[None, :]
+        at = r[:, None] * stride_gm + columns[None, :]
+        at_d = r[:, None] * stride_dm + columns[None, :]
+        first, second = _source(g_ptr, u_ptr, d_ptr, at, at_d, mask, KIND, GATED, BACKWARD, EVEN)
+        top0 = _larger(top0, tl.abs(first))
+        tl.atomic_max(rows_ptr + rows, _bits(_top(first, 1), dtype), mask=in_m, sem="relaxed")
+        if OUTPUTS == 2:
+            top1 = _larger(top1, tl.abs(second))
+            tl.atomic_max(rows_ptr + M + rows, _bits(_top(second, 1), dtype), mask=in_m, sem="relaxed")
+    tl.atomic_max(columns_ptr + columns, _bits(_top(top0, 0), dtype), mask=in_n, sem="relaxed")
+    if OUTPUTS == 2:
+        tl.atomic_max(columns_ptr + N + columns, _bits(_top(top1, 0), dtype), mask=in_n, sem="relaxed")
+
+
+@triton.jit
+def _scale_and_multiplier(top):
+    """Scale and multiplier of a group from the bits of its absmax, as ``numerics.scale_of`` and ``multiplier_of``."""
+    absmax = top.to(tl.float32, bitcast=True)
+    finite = top < 0x7F800000
+    usable = finite & (absmax >= 7.888609052210118e-31)  # 2^-100
+    divisor = tl.where(usable, absmax, 127.0)
+    full = tl.full(top.shape, 127.0, tl.float32)
+    multiplier = tl.where(usable, tl.div_rn(full, divisor), 0.0)
+    scale = tl.where(usable, tl.div_rn(divisor, full), tl.where(finite, 0.0, float("nan")))
+    return scale, multiplier
+
+
+@triton.jit
+def _scales_kernel(tops_ptr, scale_ptr, COUNT, BLOCK: tl.constexpr):
+    """Scales from the bits of absmax, whose place the multipliers take: once a group instead of once a tile."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    scale, multiplier = _scale_and_multiplier(tl.load(tops_ptr + i, mask=i < COUNT, other=0))
+    tl.store(scale_ptr + i, scale, mask=i < COUNT)
+    tl.store(tops_ptr + i, multiplier.to(tl.int32, bitcast=True), mask=i < COUNT)
+
+
+@triton.jit
+def _noise(key, counter):
+    return (_mix32(key + counter.to(tl.uint32) * 0x9E3779B9) >> 8).to(tl.float32) * 5.9604644775390625e-08
+
+
+@triton.jit
+def _key(seed, row):
+    low = (seed & 0xFFFFFFFF).to(tl.uint32)
+    high = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    return _mix32(_mix32(_mix32(low) ^ high) ^ row.to(tl.uint32))
+
+
+@triton.jit
+def _code_bits(x, multiplier, noise, STOCHASTIC: tl.constexpr):
+    """int32 whose low byte is the code; where the multiplier is 0 it is garbage if x is no number."""
+    v = x * multiplier
+    if STOCHASTIC:
+        v = tl.minimum(tl.maximum(tl.floor(v + noise), -127.0), 127.0)
+    # |v| <= 127 (1 + 2^-22): to nearest no clamp is needed. Launched without FMA contraction, which would round once
+    return (v + 12582912.0).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _store_both(
+    x0, x1, x2, x3, m4, n, in_n, M, codes_ptr, tcodes_ptr, rows_ptr, columns_ptr, stride_cm, stride_tn, seed,
+    EVEN: tl.constexpr, WIDE: tl.constexpr, STOCHASTIC: tl.constexpr,
+):  # fmt: skip
+    """Row codes of four interleaved sets of rows, and their transposed column codes packed into words."""
+    c = tl.load(columns_ptr + n, mask=in_n, other=0).to(tl.float32, bitcast=True)[None, :]
+    column_key = _key(seed + 1, n)[None, :] if STOCHASTIC else n[None, :]
+    b0 = x0.to(tl.int32, bitcast=True)
+    b1 = b0
+    b2 = b0
+    b3 = b0
+    for j in tl.static_range(4):
+        x = x0 if j == 0 else x1 if j == 1 else x2 if j == 2 else x3
+        m = m4 * 4 + j
+        in_m = m < M
+        r = tl.load(rows_ptr + m, mask=in_m, other=0).to(tl.float32, bitcast=True)[:, None]
+        if STOCHASTIC:
+            q = _code_bits(x, r, _noise(_key(seed, m)[:, None], n[None, :]), True)
+            b = _code_bits(x, c, _noise(column_key, m[:, None]), True)
+        else:
+            q = _code_bits(x, r, x, False)
+            b = _code_bits(x, c, x, False)
+        q = tl.where(r != 0, q, 0).to(tl.int8)
+        at = (m.to(tl.int64) if WIDE else m)[:, None] * stride_cm + n[None, :]
+        if EVEN:
+            tl.store(codes_ptr + at, q)
+        else:
+            tl.store(codes_ptr + at, q, mask=in_m[:, None] & in_n[None, :])
+        if j == 0:
+            b0 = b
+        elif j == 1:
+            b1 = b
+        elif j == 2:
+            b2 = b
+        else:
+            b3 = b
+    words = tl.where(c != 0, pack4(b0, b1, b2, b3), 0)
+    nn = n.to(tl.int64) if WIDE else n
+    at = nn[:, None] * (stride_tn // 4) + m4[None, :]
+    words_ptr = tcodes_ptr.to(tl.pointer_type(tl.int32))
+    if EVEN:
+        tl.store(words_ptr + at, tl.trans(words))
+    else:  # the padding of a row is written too
+        tl.store(words_ptr + at, tl.trans(words), mask=in_n[:, None] & (m4 * 4 < M)[None, :])
+
+
+@triton.jit
+def _both_kernel(
+    g_ptr, u_ptr, d_ptr, multipliers_ptr, codes0_ptr, tcodes0_ptr, codes1_ptr, tcodes1_ptr, seed_ptr, M, N,
+    stride_gb, stride_gm, stride_db, stride_dm, stride_cb, stride_cm, stride_tb, stride_tn,
+    KIND: tl.constexpr, GATED: tl.constexpr, BACKWARD: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr, OUTPUTS: tl.constexpr,
+    STOCHASTIC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    batch = tl.program_id(2).to(tl.int64)
+    # begins with what the absmax pass read last: it is still in the L2 cache
+    pn = tl.num_programs(0) - 1 - tl.program_id(0)
+    pm = tl.num_programs(1) - 1 - tl.program_id(1)
+    n = pn * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_n = n < N
+    m4 = pm * (BLOCK_M // 4) + tl.arange(
+        0, BLOCK_M // 4
+    )  # whole words of four rows: the stores of the transpose are contiguous in them
+    g_ptr += batch * stride_gb
+    u_ptr += batch * stride_gb
+    d_ptr += batch * stride_db
+    rows_ptr = multipliers_ptr + batch * OUTPUTS * M
+    columns_ptr = multipliers_ptr + tl.num_programs(2) * OUTPUTS * M + batch * OUTPUTS * N
+    codes0_ptr += batch * stride_cb
+    tcodes0_ptr += batch * stride_tb
+    first0, second0 = _rows_of(g_ptr, u_ptr, d_ptr, m4 * 4 + 0, n, M, in_n, stride_gm, stride_dm, KIND, GATED, BACKWARD, EVEN, WIDE)
+    first1, second1 = _rows_of(g_ptr, u_ptr, d_ptr, m4 * 4 + 1, n, M, in_n, stride_gm, stride_dm, KIND, GATED, BACKWARD, EVEN, WIDE)
+    first2, second2 = _rows_of(g_ptr, u_ptr, d_ptr, m4 * 4 + 2, n, M, in_n, stride_gm, stride_dm, KIND, GATED, BACKWARD, EVEN, WIDE)
+    first3, second3 = _rows_of(g_ptr, u_ptr, d_ptr, m4 * 4 + 3, n, M, in_n, stride_gm, stride_dm, KIND, GATED, BACKWARD, EVEN, WIDE)
+    seed = tl.load(seed_ptr + batch) if STOCHASTIC else 0
+    _store_both(
+        first0, first1, first2, first3, m4, n, in_n, M, codes0_ptr, tcodes0_ptr, rows_ptr, columns_ptr,
+        stride_cm, stride_tn, seed, EVEN, WIDE, STOCHASTIC,
+    )  # fmt: skip
+    if OUTPUTS == 2:
+        _store_both(
+            second0, second1, second2, second3, m4, n, in_n, M, codes1_ptr + batch * stride_cb, tcodes1_ptr + batch * stride_tb,
+            rows_ptr + M, columns_ptr + N, stride_cm, stride_tn, seed + 2, EVEN, WIDE, STOCHASTIC,
+        )  # fmt: skip
+
+
+@triton.jit
+def _rows_of(
+    g_ptr, u_ptr, d_ptr, m, n, M, in_n, stride_gm, stride_dm,
+    KIND: tl.constexpr, GATED: tl.constexpr, BACKWARD: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    r = m.to(tl.int64) if WIDE else m
+    at = r[:, None] * stride_gm + n[None, :]
+    at_d = r[:, None] * stride_dm + n[None, :]
+    first, second = _source(g_ptr, u_ptr, d_ptr, at, at_d, (m < M)[:, None] & in_n[None, :], KIND, GATED, BACKWARD, EVEN)
+    if KIND != "":
+        first = rounded(first, g_ptr.dtype.element_ty)
+        second = rounded(second, g_ptr.dtype.element_ty)
+    return first, second
+
+
+class Blocks(NamedTuple):
+    """Tiles of the two kernels.
+
+    Attributes:
+        absmax: rows, columns, rows a program reads, pipeline stages, warps.
+        codes: rows, columns, warps.
+
+    """
+
+    absmax: tuple[int, int, int, int, int]
+    codes: tuple[int, int, int]
+
+
+# by how many tensors are read and what is computed of them: the fastest of benchmarks/quantize.py --sweep on one H200
+PLAIN = Blocks((64, 128, 512, 4, 4), (64, 128, 8))
+FORWARD = Blocks((32, 64, 512, 4, 4), (128, 64, 8))
+BACKWARD = Blocks((16, 64, 512, 3, 2), (32, 64, 2))
+INTERPRETED = Blocks((64, 128, 128, 1, 4), (64, 128, 4))
+
+_absmax = Launch(_absmax_kernel)
+_scales = Launch(_scales_kernel)
+_both = Launch(_both_kernel)
+Codes = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def padded(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """An int8 tensor whose rows begin at multiples of 16 bytes, as TMA wants it."""
+    k = shape[-1]
+    if k % 16 == 0:
+        return torch.empty(shape, dtype=torch.int8, device=device)
+    return torch.empty((*shape[:-1], -(-k // 16) * 16), dtype=torch.int8, device=device)[..., :k]
+
+
+def dense(x: Tensor) -> Tensor:
+    """x as the kernels read it: float32 or less, rows contiguous."""
+    x = x.float() if x.dtype == torch.float64 else x
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def alike(u: Tensor | None, g: Tensor) -> Tensor:
+    """u, or g where there is none, with the strides of g, which the kernels use for both."""
+    if u is None:
+        return g
+    u = dense(u)
+    return u if u.stride() == g.stride() else torch.empty_strided(g.shape, g.stride(), dtype=g.dtype, device=g.device).copy_(u)
+
+
+def quantize_both(
+    g: Tensor,
+    u: Tensor | None = None,
+    d: Tensor | None = None,
+    *,
+    kind: str = "",
+    seed: Tensor | None = None,
+    blocks: Blocks | None = None,
+) -> tuple[Codes, ...]:
+    """Codes (..., M, N), scales (..., M), transposed codes (..., N, M), scales (..., N) of a source; twice for the gradients of a gate.
+
+    Args:
+        g: (M, N) or (B, M, N): the tensor itself, or what an activation of this kind is applied to.
+        u: as g, the other half of a gate, or None.
+        d: as g, for the gradients of the activation: that of its result; None for its value.
+        kind: "" or one of ``teint8.activations.KINDS``.
+        seed: int64 (B,) for stochastic rounding: seed for rows, seed + 1 for columns; + 2 and + 3 for the second gradient.
+        blocks: tiles; the bits do not depend on them.
+
+    """
+    shape, device = g.shape, g.device
+    lead, m, n = shape[:-2], shape[-2], shape[-1]
+    batch = lead.numel()
+    g = dense(g)
+    gated, backward = u is not None, d is not None
+    u, d = alike(u, g), g if d is None else dense(d)
+    outputs = 2 if gated and backward else 1
+    blocks = blocks or (INTERPRETED if INTERPRETING else BACKWARD if backward else FORWARD if kind else PLAIN)
+    # absmax of rows, then of columns, as the bits of float32; later what to multiply with
+    rows = batch * outputs * m
+    count = rows + batch * outputs * n
+    tops = torch.zeros(count, dtype=torch.int32, device=device)
+    scales = torch.empty(count, dtype=torch.float32, device=device)
+    codes = [padded((*lead, m, n), device) for _ in range(outputs)]
+    tcodes = [padded((*lead, n, m), device) for _ in range(outputs)]
+    strides = (g.stride(0), g.stride(-2), d.stride(0), d.stride(-2))
+    out_strides = (codes[0].stride(0), codes[0].stride(-2), tcodes[0].stride(0), tcodes[0].stride(-2))
+    key = (device.index, g.dtype, shape, strides, kind, gated, backward, seed is None, blocks,
+           (g.data_ptr() | u.data_ptr() | d.data_ptr()) % 16)  # fmt: skip
+    with on(device):
+        if _both.known(key):
+            bm, bn, span = blocks.absmax[:3]
+            _absmax.again(key, (-(-n // bn), -(-m // span), batch), (g, u, d, tops, m, n, *strides))
+            _scales.again((device.index, count), (-(-count // 512), 1, 1), (tops, scales, count))
+            bm, bn, _ = blocks.codes
+            args = (g, u, d, tops, codes[0], tcodes[0], codes[-1], tcodes[-1], tops if seed is None else seed.contiguous())
+            _both.again(key, (-(-n // bn), -(-m // bm), batch), (*args, m, n, *strides, *out_strides))
+        else:
+            how = (kind, gated, backward)
+            wide = max(n * out_strides[1], n * out_strides[3], m * max(strides[1], strides[3], out_strides[1])) >= 2**31
+            bm, bn, span, stages, warps = blocks.absmax
+            even = m % span == 0 and n % bn == 0
+            _absmax.first(key, (-(-n // bn), -(-m // span), batch), (g, u, d, tops, m, n, *strides),
+                          (*how, even, wide, outputs, bm, bn, span, stages), num_warps=warps, enable_fp_fusion=False)  # fmt: skip
+            _scales.first((device.index, count), (-(-count // 512), 1, 1), (tops, scales, count), (512,), enable_fp_fusion=False)
+            bm, bn, warps = blocks.codes
+            even = m % bm == 0 and n % bn == 0
+            args = (g, u, d, tops, codes[0], tcodes[0], codes[-1], tcodes[-1], tops if seed is None else seed.contiguous())
+            _both.first(key, (-(-n // bn), -(-m // bm), batch), (*args, m, n, *strides, *out_strides),
+                        (*how, even, wide, outputs, seed is not None, bm, bn), num_warps=warps, enable_fp_fusion=False)  # fmt: skip
+    if outputs == 1 and not lead:
+        return ((codes[0], scales[:m], tcodes[0], scales[m:]),)
+    scale, tscale = scales[:rows].view(batch, outputs, m), scales[rows:].view(batch, outputs, n)
+    return tuple((codes[i], scale[:, i].reshape(*lead, m), tcodes[i], tscale[:, i].reshape(*lead, n)) for i in range(outputs))

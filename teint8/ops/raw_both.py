@@ -1,0 +1,174 @@
+"""The raw ops ``quantize_both`` and ``activation``, which make operands for the backward's matmuls; they have no derivative."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from teint8.ops import raw, registry
+from teint8.ops.registry import Problem
+
+_library = torch.library.Library("teint8", "FRAGMENT")
+_library.define("quantize_both(Tensor x, Tensor? seed, str impl) -> (Tensor, Tensor, Tensor, Tensor)")
+_library.define(
+    "activation(Tensor g, Tensor? u, Tensor? d, Tensor? seed, str kind, bool rows, bool columns, bool values, str impl) -> Tensor[]"
+)
+
+Codes = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def quantize_both(x: Tensor, *, seed: Tensor | None = None, impl: str = "") -> Codes:
+    """Codes and scales of the rows of ``x`` and of the rows of its transpose, by the numerics contract; no gradient flows.
+
+    Args:
+        x: (M, K) or (B, M, K), any float dtype, any strides.
+        seed: int64 () for stochastic rounding; the transpose takes seed + 1.
+        impl: name of an implementation, "" for the best.
+
+    Returns:
+        int8 codes (..., M, K), float32 scales (..., M), int8 codes (..., K, M), float32 scales (..., K). Rows of codes begin at
+        multiples of 16 bytes.
+
+    Example:
+        >>> codes, scale, tcodes, tscale = quantize_both(torch.tensor([[1.0, -2.0], [4.0, 0.0]]))
+        >>> codes.tolist(), tcodes.tolist()
+        ([[64, -127], [127, 0]], [[32, 127], [-127, 0]])
+
+    """
+    if seed is not None and x.ndim > 2 and x.shape[0] > 1:  # one seed for a batch: rows are counted through all of it
+        return (*raw.quantize(x, seed=seed, impl=impl), *raw.quantize(x.mT, seed=seed + 1, impl=impl))
+    op = _quantize_both if raw.direct(x, seed) else torch.ops.teint8.quantize_both
+    codes: Codes = op(x, seed, impl)
+    return codes
+
+
+def activation(
+    g: Tensor,
+    u: Tensor | None = None,
+    d: Tensor | None = None,
+    *,
+    kind: str,
+    rows: bool = False,
+    columns: bool = False,
+    values: bool = False,
+    seed: Tensor | None = None,
+    impl: str = "",
+) -> list[Tensor]:
+    """An activation (gated by u), or given d the gradients of one: values, row codes, transposed column codes; no gradient flows.
+
+    Args:
+        g: (M, N) or (B, M, N), any float dtype. u, d: as g, or None.
+        kind: one of ``teint8.activations.KINDS``.
+        rows, columns, values: what is wanted of each result.
+        seed: int64 () for stochastic rounding.
+        impl: name of an implementation, "" for the best.
+
+    Returns:
+        For each result ``[values]``, ``[codes, scale]``, ``[tcodes, tscale]``, of these what is wanted, in one list.
+
+    Example:
+        >>> (h,) = activation(torch.tensor([[1.0, 0.0]]), kind="silu", values=True)
+        >>> h
+        tensor([[0.7311, 0.0000]])
+
+    """
+    op = _activation if raw.direct(g, u, d, seed) else torch.ops.teint8.activation
+    out: list[Tensor] = op(g, u, d, seed, kind, rows, columns, values, impl)
+    return out
+
+
+def _seeds(seed: Tensor | None) -> Tensor | None:
+    return None if seed is None else seed.reshape(-1)
+
+
+def _aligned(codes: Tensor) -> Tensor:
+    """Codes whose rows begin at multiples of 16 bytes, as the fake tensors have them."""
+    k = codes.shape[-1]
+    width = -(-k // 16) * 16
+    if codes.stride(-1) == 1 and codes.stride(-2) == width:
+        return codes
+    padded = codes.new_empty((*codes.shape[:-1], width))[..., :k]
+    return padded.copy_(codes)
+
+
+def _quantize_both(x: Tensor, seed: Tensor | None, impl: str) -> Codes:
+    codes: Codes
+    if x.numel() == 0:
+        codes = (*raw.quantize(x), *raw.quantize(x.mT))
+        return _aligned(codes[0]), codes[1], _aligned(codes[2]), codes[3]
+    problem = _problem(x)
+    q, s, tq, ts = registry.select("quantize_both", problem, impl).run(x.detach(), _seeds(seed))
+    return _aligned(q), s, _aligned(tq), ts
+
+
+def _problem(x: Tensor) -> Problem:
+    return Problem(x.device.type, x.dtype, x.shape[0] if x.ndim > 2 else 1, x.shape[-2], 0, x.shape[-1])
+
+
+def _activation(
+    g: Tensor, u: Tensor | None, d: Tensor | None, seed: Tensor | None, kind: str, rows: bool, columns: bool, values: bool, impl: str
+) -> list[Tensor]:
+    results = 2 if u is not None and d is not None else 1
+    if g.numel() == 0:
+        one = [torch.empty_like(g)] * values
+        one += list(raw.quantize(g)) * rows
+        one += list(raw.quantize(g.mT)) * columns
+        return [_aligned(t) if t.dtype == torch.int8 else t.clone() for t in one * results]
+    sources = [None if t is None else t.detach() for t in (g, u, d)]
+    out = registry.select("activation", _problem(g), impl).run(*sources, kind, rows, columns, values, _seeds(seed))
+    return [_aligned(t) if t.dtype == torch.int8 else t.contiguous() for t in out]
+
+
+_library.impl("quantize_both", _quantize_both, "CompositeExplicitAutograd")
+_library.impl("activation", _activation, "CompositeExplicitAutograd")
+
+
+def _fake_codes(x: Tensor) -> tuple[Tensor, Tensor]:
+    k = x.shape[-1]
+    codes = x.new_empty((*x.shape[:-1], (k + 15) // 16 * 16), dtype=torch.int8)[..., :k]
+    return codes, x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+@torch.library.register_fake("teint8::quantize_both", lib=_library)  # type: ignore[untyped-decorator]
+def _quantize_both_fake(x: Tensor, seed: Tensor | None, impl: str) -> Codes:
+    return (*_fake_codes(x), *_fake_codes(x.mT))
+
+
+@torch.library.register_fake("teint8::activation", lib=_library)  # type: ignore[untyped-decorator]
+def _activation_fake(
+    g: Tensor, u: Tensor | None, d: Tensor | None, seed: Tensor | None, kind: str, rows: bool, columns: bool, values: bool, impl: str
+) -> list[Tensor]:
+    out: list[Tensor] = []
+    for _ in range(2 if u is not None and d is not None else 1):
+        if values:
+            out.append(g.new_empty(g.shape))
+        if rows:
+            out += _fake_codes(g)
+        if columns:
+            out += _fake_codes(g.mT)
+    return out
+
+
+@torch.library.register_vmap("teint8::quantize_both", lib=_library)  # type: ignore[untyped-decorator]
+def _quantize_both_vmap(info: Any, in_dims: Any, x: Tensor, seed: Tensor | None, impl: str) -> Any:
+    x = raw.front(x, in_dims[0], info.batch_size)
+    if seed is not None:
+        seed = raw.front(seed, in_dims[1], info.batch_size)
+    if x.ndim == 3:
+        return torch.ops.teint8.quantize_both(x, seed, impl), (0, 0, 0, 0)
+    # a batch of batches: one for the kernel, with a seed for each of the inner ones
+    inner = x.shape[1]
+    seed = None if seed is None else seed.reshape(-1, 1).expand(x.shape[0], inner).reshape(-1)
+    out = torch.ops.teint8.quantize_both(x.flatten(0, 1), seed, impl)
+    return tuple(t.unflatten(0, (x.shape[0], inner)) for t in out), (0, 0, 0, 0)
+
+
+@torch.library.register_vmap("teint8::activation", lib=_library)  # type: ignore[untyped-decorator]
+def _activation_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+    tensors = [None if t is None else raw.front(t, dim, info.batch_size) for t, dim in zip(args[:4], in_dims, strict=False)]
+    *sources, seed = tensors
+    lead = sources[0].shape[:-2]  # type: ignore[union-attr]
+    flat = [None if t is None else t.reshape(-1, *t.shape[-2:]) for t in sources]
+    seed = None if seed is None else seed.reshape(-1, *[1] * (len(lead) - 1)).expand(lead).reshape(-1)
+    out = torch.ops.teint8.activation(*flat, seed, *args[4:])
+    return [t.unflatten(0, lead) for t in out], [0] * len(out)

@@ -1,0 +1,49 @@
+"""Codes of the activations that linears met last, so that what q, k and v share is quantized once."""
+
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from teint8 import _torch
+
+Codes = tuple[Tensor, ...]
+_LIMIT = 4
+
+
+class _Entry(NamedTuple):
+    tensor: weakref.ref[Tensor]
+    place: tuple[Any, ...]
+    how: tuple[Any, ...]
+    codes: Codes
+
+
+class Shared:
+    """The codes of the last few activations, for as long as each is the same tensor, unedited.
+
+    It belongs to one call of a quantized function, or to one context: edits that leave no version (a replayed CUDA graph that writes
+    to its static buffers) must not happen in between.
+    """
+
+    def __init__(self) -> None:
+        self._entries: tuple[_Entry, ...] = ()
+
+    def codes(self, x: Tensor, how: tuple[Any, ...], quantize: Callable[[], Codes]) -> Codes:
+        """The codes of x that were made in the same way, else those that ``quantize`` makes."""
+        if torch.compiler.is_compiling() or not _torch.is_plain(x) or x.is_inference() or not _torch.no_dispatch_modes():
+            return quantize()
+        place = (x._version, x.data_ptr(), x.shape, x.stride())
+        alive = [entry for entry in self._entries if entry.tensor() is not None]
+        for entry in alive:
+            if entry.tensor() is x and entry.place == place and entry.how == how:
+                return entry.codes
+        made = quantize()
+        # replaced as a whole: threads may share a context
+        self._entries = (_Entry(weakref.ref(x), place, how, made), *alive[: _LIMIT - 1])
+        return made
+
+    def clear(self) -> None:
+        """Forget them."""
+        self._entries = ()

@@ -1,0 +1,133 @@
+"""Compile every kernel for chips that are not here, as ``python tests/compile_targets.py 80 90``; prints a JSON line for each.
+
+Triton needs no GPU to compile: registers, spills and shared memory of each configuration in the tables are read off the binary.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from teint8.kernels import activation_rows, dequantize, finish, gemv, hopper, int8_mm, quantize, quantize_both, weight_only
+
+POINTERS = {"seed_ptr": "*i64"}
+INTS = ("tops_ptr", "multipliers_ptr", "sums_ptr")
+FLOATS32 = ("scale_ptr", "given_ptr", "xs_ptr", "ws_ptr", "us_ptr", "scale0_ptr", "scale1_ptr")
+CODES = ("codes", "x_ptr_i8", "w_ptr", "up_ptr")
+
+
+def pointer(name: str, overrides: dict) -> str:
+    if name in overrides:
+        return overrides[name]
+    if name in POINTERS:
+        return POINTERS[name]
+    if name in INTS:
+        return "*i32"
+    if name in FLOATS32:
+        return "*fp32"
+    return "*i8" if "codes" in name or name in CODES else "*bf16"
+
+
+def signature(kernel, constants: dict, overrides: dict) -> tuple[dict, dict]:
+    kinds, attributes = {}, {}
+    for i, parameter in enumerate(kernel.params):
+        name = parameter.name
+        if name in constants:
+            kinds[name] = "constexpr"
+            continue
+        kinds[name] = overrides.get(name) or (pointer(name, overrides) if name.endswith("_ptr") else "i32")
+        if not kinds[name].startswith("tensordesc"):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return kinds, attributes
+
+
+def report(name: str, arch: int, compiled) -> None:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = (int(v) for v in re.search(r"REG:(\d+) STACK:(\d+)", text).groups())
+    line = {"kernel": name, "arch": arch, "registers": registers, "stack": stack, "shared": compiled.metadata.shared}
+    print(json.dumps(line), flush=True)
+
+
+def core(name: str, arch: int, kernel, constants: dict, overrides: dict | None = None, **options) -> None:
+    kinds, attributes = signature(kernel, constants, overrides or {})
+    names = [p.name for p in kernel.params]
+    source = ASTSource(kernel, kinds, {(names.index(n),): v for n, v in constants.items()}, attributes)
+    report(name, arch, triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"enable_fp_fusion": False, **options}))
+
+
+def gluon(name: str, tile: hopper.Tile, tma: bool, split: int = 1, two: bool = False) -> None:
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    kernel = hopper.kernel()
+    part = min(64, tile.block_n)
+    of_codes, of_values = (gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=bits, rank=2) for bits in (8, 16))
+    x, w = f"tensordesc<i8[64, 128],{of_codes!r}>", f"tensordesc<i8[{tile.block_n}, 128],{of_codes!r}>"
+    y = f"tensordesc<bf16[64, {part}],{of_values!r}>" if tma else x
+    constants = dict(
+        PROGRAMS=132, CONSUMERS=tile.consumers, GROUP=tile.group, STAGES=tile.stages, PART=part, BUFFERS=tile.buffers,
+        REGISTERS=tile.registers, SCALES_FIRST=tile.scales_first, BIAS=False, RESIDUAL=False, TMA_STORE=tma, SPLIT=split, TWO=two,
+    )  # fmt: skip
+    overrides = {"x_desc": x, "w_desc": w, "u_desc": w, "y_desc": y, "y_ptr": "*i32" if split > 1 else "*bf16"}
+    kinds, attributes = signature(kernel, constants, overrides)
+    names = [p.name for p in kernel.params]
+    source = GluonASTSource(kernel, kinds, {(names.index(n),): v for n, v in constants.items()}, attributes)
+    options = {"num_warps": 4, "maxnreg": tile.limit, "enable_fp_fusion": False}
+    report(name, 90, triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options))
+
+
+def kernels(arch: int) -> None:
+    for _, c in int8_mm.table(arch // 10):
+        sizes = dict(BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, GROUP=8)
+        constants = dict(HAS_BIAS=True, EVEN_K=True, WIDE=False, WIDE_EVERY=1024, **sizes)
+        core(f"int8_mm {tuple(c)}", arch, int8_mm._int8_mm_kernel, constants, {"x_ptr": "*i8"}, num_warps=c.warps, num_stages=c.stages)
+    rows = dict(STOCHASTIC=False, STATIC=False, BLOCK_M=1, BLOCK_K=16384, ONE_BLOCK=True)
+    core("quantize", arch, quantize._quantize_kernel, rows, num_warps=4)
+    for kind, backward, blocks in (
+        ("", False, quantize_both.PLAIN),
+        ("silu", False, quantize_both.FORWARD),
+        ("silu", True, quantize_both.BACKWARD),
+    ):
+        how = dict(KIND=kind, GATED=bool(kind), BACKWARD=backward, EVEN=True, WIDE=False, OUTPUTS=1 + backward)
+        bm, bn, span, stages, warps = blocks.absmax
+        absmax = dict(**how, BLOCK_M=bm, BLOCK_N=bn, SPAN=span, STAGES=stages)
+        core(f"absmax {kind} {backward}", arch, quantize_both._absmax_kernel, absmax, num_warps=warps)
+        bm, bn, warps = blocks.codes
+        both = dict(**how, STOCHASTIC=False, BLOCK_M=bm, BLOCK_N=bn)
+        core(f"both {kind} {backward}", arch, quantize_both._both_kernel, both, num_warps=warps)
+    act = dict(
+        KIND="silu", GATED=True, BACKWARD=False, OUTPUTS=1, CODES=True, VALUES=False, STOCHASTIC=False, BLOCK=16384, ONE_BLOCK=True
+    )
+    core("activation_rows", arch, activation_rows._activation_rows_kernel, act, num_warps=16)
+    for m, config in ((1, gemv.GATED), (4, gemv.GATED), (1, gemv.ONE)):
+        gated = config is gemv.GATED
+        constants = dict(
+            ROWS=m, DTYPE=triton.language.bfloat16, BIAS=False, UP_BIAS=False, GATED=gated, KIND="silu" if gated else "", EVEN=True,
+            QUANTIZE=not gated, BLOCK_N=config[0], BLOCK_K=config[1], STAGES=config[3],
+        )  # fmt: skip
+        x = "*i8" if gated else "*bf16"
+        core(f"gemv {m} {config}", arch, gemv._gemv_kernel, constants, {"x_ptr": x}, num_warps=config[2])
+    core("dequantize", arch, dequantize._dequantize_kernel, dict(BLOCK_M=16, BLOCK_K=512), num_warps=4)
+    rows = dict(BIAS=True, EVEN_K=True, BLOCK_M=64, BLOCK_N=32, BLOCK_K=128)
+    core("weight_only", arch, weight_only._weight_only_kernel, rows, num_warps=4, num_stages=5)
+    core("finish", arch, finish._finish_kernel, dict(PARTS=2, BIAS=True, BLOCK=512), num_warps=2)
+
+
+if __name__ == "__main__":
+    for arch in map(int, sys.argv[1:]):
+        kernels(arch)
+        if arch == 90:
+            for name, tile in hopper.TILES.items():
+                gluon(f"hopper {name}", tile, tma=tile.block_n >= 64)
+            gluon("hopper split", hopper.SMALL, False, split=2)
+            gluon("hopper two", hopper.TINY, False, two=True)

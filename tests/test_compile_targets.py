@@ -1,0 +1,29 @@
+"""Every kernel compiles for every chip, within its limits, with no GPU at hand."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+# bytes of shared memory that a block may have
+LIMITS = {80: 166912, 89: 101376, 90: 232448, 100: 232448}
+
+
+@pytest.mark.parametrize("arch", LIMITS)
+def test_kernels_compile_and_fit(arch: int, tmp_path: pathlib.Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    script = pathlib.Path(__file__).parent / "compile_targets.py"
+    root = str(script.parent.parent)
+    environment["PYTHONPATH"] = os.pathsep.join([root, environment.get("PYTHONPATH", "")])
+    ran = subprocess.run([sys.executable, str(script), str(arch)], capture_output=True, text=True, env=environment, check=False)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    lines = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
+    assert len(lines) >= 17
+    for line in lines:
+        assert line["shared"] <= LIMITS[arch], line
+        assert line["stack"] == 0, f"registers spill: {line}"
+        assert line["registers"] <= 255, line

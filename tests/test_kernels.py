@@ -1,0 +1,273 @@
+"""Kernels that the contract suite does not reach through ops alone: both orientations, activations, few rows, each tile of a table."""
+
+import itertools
+import random
+
+import pytest
+import torch
+from contract import different
+
+import teint8
+from teint8 import activations, numerics, ops
+from teint8.ops import raw_both
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+TRITON = "triton" if CUDA else "triton-interpreter"
+gpu = pytest.mark.skipif(not CUDA, reason="no GPU")
+DTYPES = (torch.bfloat16, torch.float32, torch.float16, torch.float64)
+
+
+def _values(shape, dtype, flavour="normal", device=DEVICE):
+    x = torch.randn(shape, dtype=torch.float64) * {"huge": 1e30, "tiny": 2.0**-95, "zeros": 0.0}.get(flavour, 2.0)
+    if dtype == torch.float16 and flavour == "huge":
+        x = x * 1e-26
+    if flavour == "nan" and x.numel():
+        x.view(-1)[:: max(x.numel() // 3, 1)] = float("nan")
+    return x.to(dtype).to(device)
+
+
+def _both_cases():
+    shapes = [(1, 1), (5, 7), (1, 300), (2, 6, 65), (3, 64, 16), (33, 1), (0, 5), (70, 129)]
+    cases = list(itertools.product(shapes, DTYPES, ("normal", "huge", "tiny", "zeros", "nan"), (False, True)))
+    return random.Random(0).sample(cases, 300 if CUDA else 60)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("shape,dtype,flavour,stochastic", _both_cases())
+def test_quantize_both(shape, dtype, flavour, stochastic) -> None:
+    x = _values(shape, dtype, flavour)
+    seed = torch.tensor(1234567890123) if stochastic else None
+    got = ops.quantize_both(x, seed=None if seed is None else seed.to(DEVICE), impl=TRITON)
+    want = ops.quantize_both(x.cpu(), seed=seed, impl="reference")
+    assert [different(a, b) for a, b in zip(got, want, strict=True)] == [0] * 4
+    rows = ops.quantize(x.cpu(), seed=seed, impl="reference")
+    assert different(want[0], rows[0]) == 0 and different(want[1], rows[1]) == 0
+
+
+def _activation_cases():
+    shapes = [(1, 1), (5, 7), (2, 6, 65), (3, 17, 16), (0, 5), (9, 129)]
+    wanted = [w for w in itertools.product((False, True), repeat=3) if any(w)]
+    cases = itertools.product(
+        shapes, DTYPES, activations.KINDS, (False, True), (False, True), (False, True), wanted, ("normal", "nan", "huge")
+    )
+    return random.Random(1).sample(list(cases), 400 if CUDA else 60)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("shape,dtype,kind,gated,backward,stochastic,wanted,flavour", _activation_cases())
+def test_activation(shape, dtype, kind, gated, backward, stochastic, wanted, flavour) -> None:
+    g = _values(shape, dtype, flavour)
+    u = _values(shape, dtype) if gated else None
+    d = _values(shape, dtype) if backward else None
+    seed = torch.tensor(987654321) if stochastic and len(shape) == 2 else None
+    rows, columns, values = wanted
+    how = dict(kind=kind, rows=rows, columns=columns, values=values)
+    got = raw_both.activation(g, u, d, seed=None if seed is None else seed.to(DEVICE), impl=TRITON, **how)
+    cpu = [None if t is None else t.cpu() for t in (g, u, d)]
+    want = raw_both.activation(*cpu, seed=seed, impl="reference", **how)
+    assert len(got) == len(want) == (values + 2 * rows + 2 * columns) * (2 if gated and backward else 1)
+    assert [different(a, b) for a, b in zip(got, want, strict=True)] == [0] * len(got)
+    assert [a.stride() for a in got if a.numel() > 1] == [b.stride() for b in want if b.numel() > 1]
+
+
+@pytest.mark.parametrize("kind", activations.KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_are_those_of_torch(kind, dtype, device) -> None:
+    x = torch.linspace(-30, 30, 4001).to(device, dtype)
+    exact = x.double().requires_grad_()
+    functions = {"silu": torch.nn.functional.silu, "gelu": torch.nn.functional.gelu}
+    y = functions.get(kind, lambda t: torch.nn.functional.gelu(t, approximate="tanh"))(exact)
+    (slope,) = torch.autograd.grad(y.sum(), exact)
+    bound = 2e-5 if dtype == torch.float32 else 0.07
+    assert (ops.activate(kind, x).double() - y).abs().max() < bound
+    leaf = x.clone().requires_grad_()
+    (got,) = torch.autograd.grad(ops.activate(kind, leaf).sum(), leaf)
+    assert (got.double() - slope).abs().max() < (2e-5 if dtype == torch.float32 else 5e-3)
+
+
+def test_fma_rounds_once() -> None:
+    a, b, c = (torch.randn(20000) for _ in range(3))
+    exact = [x.double() for x in (a, b, c)]
+    want = (exact[0] * exact[1] + exact[2]).float()  # float64 rounds twice, which differs from once in very few cases
+    got = activations.fma(a, b, c)
+    assert (got != want).sum() <= 2 and (a * b + c != want).sum() > 1000
+    # 1 + 2^-24 + 2^-60: float64 drops the last term, and the tie then goes to even
+    tie = activations.fma(torch.tensor(1 + 2.0**-12), torch.tensor(2.0**-12 - 2.0**-24), torch.tensor(1 - 2.0**-12 + 2.0**-24))
+    assert tie.item() == float(torch.tensor(1 + 2.0**-24 - 2.0**-36, dtype=torch.float64).float())
+
+
+@gpu
+def test_every_reciprocal_is_rounded_correctly() -> None:
+    import triton
+    import triton.language as tl
+
+    from teint8.kernels import activation
+
+    @triton.jit
+    def kernel(out, first, BLOCK: tl.constexpr):
+        i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        d = (first + i).to(tl.int32).to(tl.float32, bitcast=True)
+        tl.store(out + i, activation.reciprocal(d))
+
+    out = torch.empty(2**23, device="cuda")
+    for exponent in (0, 1, 7, 30, 64, 100, 124):
+        first = (127 + exponent) << 23
+        kernel[(2**13,)](out, first, 1024)
+        d = torch.arange(first, first + 2**23, dtype=torch.int32, device="cuda").view(torch.float32)
+        assert torch.equal(out, torch.ones_like(d) / d), exponent
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m,n,k", [(1, 33, 72), (2, 17, 300), (3, 40, 64), (4, 9, 4), (4, 130, 1024)])
+def test_gemv(m, n, k, dtype) -> None:
+    from teint8.kernels.gemv import gemv, quantize_known
+
+    x, w, u = _values((m, k), dtype), _values((n, k), dtype), _values((n, k), dtype)
+    if m > 2:
+        x[1], x[2, 3] = 0, float("nan")
+    bias = _values((n,), dtype)
+    cpu = [t.cpu() for t in (x, w, u)]
+    xc, wc, uc = (numerics.quantize(t) for t in cpu)
+    on = [tuple(t.to(DEVICE) for t in pair) for pair in (xc, wc, uc)]
+
+    def linear(weight, b):
+        return ops.int8_mm(*xc, *weight, None if b is None else b.cpu(), dtype, "reference")
+
+    for b in (None, bias):
+        assert different(gemv(*on[0], *on[1], b, dtype), linear(wc, b)) == 0
+        if dtype != torch.float64:
+            assert different(gemv(x, None, *on[1], b, dtype), linear(wc, b)) == 0
+    for kind, up in itertools.product(activations.KINDS, (True, False)):
+        tops = torch.zeros(m, dtype=torch.int32, device=DEVICE)
+        h = gemv(*on[0], *on[1], bias, dtype, up=(*on[2], None) if up else None, kind=kind, tops=tops)
+        want = activations.value(kind, linear(wc, bias), linear(uc, None) if up else None)
+        if dtype == torch.float64:
+            continue  # between two matmuls float32 is what the kernel holds
+        assert different(h, want) == 0, (kind, up)
+        assert [different(a, b) for a, b in zip(quantize_known(h, tops), numerics.quantize(want), strict=True)] == [0, 0]
+
+
+@pytest.mark.parametrize("m", [1, 3, 16, 40, 64, 65, 200])
+@pytest.mark.parametrize("gated", [True, False])
+def test_mlp_of_any_number_of_rows(m, gated, device) -> None:
+    gate, up, down = (_values(s, torch.bfloat16, device=device) for s in ((96, 64), (96, 64), (64, 96)))
+    x = _values((m, 64), torch.bfloat16, device=device)
+    with torch.no_grad():
+        got = ops.gated_mlp(x, gate, up, down) if gated else ops.mlp(x, gate, down)
+        want = ops.gated_mlp(x, gate, up, down, impl="reference") if gated else ops.mlp(x, gate, down, impl="reference")
+    assert different(got, want) == 0
+
+
+HOPPER_SHAPES = [
+    (1, 1000, 1072, 336), (1, 77, 133, 100), (2, 128, 96, 64), (3, 70, 40, 48), (1, 1, 1, 1), (1, 300, 513, 1024), (1, 16, 128, 4096), (2, 5, 64, 260),
+]  # fmt: skip
+
+
+def _hopper():
+    from teint8.kernels import hopper
+
+    reason = hopper.why_not("cuda", 16) if CUDA else "no GPU"
+    if reason:
+        pytest.skip(reason)
+    return hopper
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("name", ["wide", "square", "low", "small", "tiny", "huge"])
+def test_every_hopper_tile(name) -> None:
+    hopper = _hopper()
+    for (b, m, n, k), (dtype, bias, residual) in itertools.product(
+        HOPPER_SHAPES, [(torch.bfloat16, False, False), (torch.float32, True, False), (torch.bfloat16, True, True)]
+    ):
+        xq, wq = (torch.randint(-127, 128, (b, r, k), device="cuda", dtype=torch.int8) for r in (m, n))
+        xs, ws = torch.rand(b, m, device="cuda"), torch.rand(b, n, device="cuda")
+        bs = torch.randn(b, n, device="cuda", dtype=dtype) if bias else None
+        rs = torch.randn(b, m, n, device="cuda", dtype=dtype) if residual else None
+        want = numerics.int8_mm(xq, xs, wq, ws, bs, dtype)
+        want = want if rs is None else (want.float() + rs.float()).to(dtype)
+        for _ in range(2):  # through the JIT, then held
+            got = hopper.int8_mm(xq, xs, wq, ws, bs, dtype, residual=rs, tile=hopper.TILES[name], split=1)
+            assert different(got, want) == 0, (b, m, n, k, dtype, bias, residual)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("m,n,k", [(1, 100, 1024), (16, 4096, 14336), (64, 72, 2000), (64, 14336, 4096), (100, 520, 4096)])
+def test_hopper_splits_of_k_and_two_weights(m, n, k) -> None:
+    hopper = _hopper()
+    xq, wq, uq = (torch.randint(-127, 128, (r, k), device="cuda", dtype=torch.int8) for r in (m, n, n))
+    xs, ws, us = torch.rand(m, device="cuda"), torch.rand(n, device="cuda"), torch.rand(n, device="cuda")
+    bias, ub = torch.randn(n, device="cuda").bfloat16(), torch.randn(n, device="cuda").bfloat16()
+    want = ops.int8_mm(xq, xs, wq, ws, bias, torch.bfloat16, "reference")
+    for split, tile in itertools.product((2, 3, 4), (hopper.SMALL, hopper.LOW, hopper.TINY)):
+        got = hopper.int8_mm(xq, xs, wq, ws, bias, torch.bfloat16, tile=tile, split=split)
+        assert different(got, want) == 0, (split, tile)
+    if m <= 64:
+        other = ops.int8_mm(xq, xs, uq, us, ub, torch.bfloat16, "reference")
+        for tile in (hopper.SMALL, hopper.LOW, hopper.TINY, None):
+            g, u = hopper.int8_mm(xq, xs, wq, ws, bias, torch.bfloat16, tile=tile, up=(uq, us, ub))
+            assert different(g, want) == 0 and different(u, other) == 0, tile
+
+
+def test_tiles_of_few_rows_have_one_consumer() -> None:
+    if not CUDA:
+        pytest.importorskip("triton")
+    from teint8.kernels.hopper import RATES, tile_of
+
+    for m, n, batch in itertools.product((1, 5, 16, 64), (64, 4096, 14336, 100000), (1, 2, 8)):
+        assert tile_of(m, n, batch, 132).consumers == 1
+    assert tile_of(16384, 14336, 1, 132) is RATES[0][0]
+
+
+@gpu
+def test_rows_do_not_depend_on_the_batch_for_any_kernel() -> None:
+    x, w = _values((300, 1024), torch.bfloat16), _values((512, 1024), torch.bfloat16)
+    whole = ops.linear(x, w)
+    for m in (1, 2, 4, 5, 16, 17, 33, 64, 65, 128, 200):
+        assert different(ops.linear(x[:m], w), whole[:m]) == 0, m
+        with torch.no_grad():
+            assert different(ops.linear(x[:m], w), whole[:m]) == 0, m
+
+
+@gpu
+@pytest.mark.parametrize("m", [1, 16, 128])
+def test_under_cuda_graphs(m) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(256, 512), torch.nn.GELU(), torch.nn.Linear(512, 256)).cuda().bfloat16()
+    x = _values((m, 256), torch.bfloat16)
+    weights = [_values(s, torch.bfloat16) for s in ((512, 256), (512, 256), (256, 512))]
+    with torch.no_grad(), teint8.te_int8_autocast(training=False):
+        run = lambda: model(x) + ops.gated_mlp(x, *weights)
+        for _ in range(2):
+            run()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = run()
+        x.copy_(_values((m, 256), torch.bfloat16))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert different(y, run()) == 0
+
+
+@gpu
+def test_cublas_has_the_same_bits() -> None:
+    xq, wq = (torch.randint(-127, 128, (r, 256), device="cuda", dtype=torch.int8) for r in (100, 64))
+    xs, ws, bias = torch.rand(100, device="cuda"), torch.rand(64, device="cuda"), torch.randn(64, device="cuda")
+    got = ops.int8_mm(xq, xs, wq, ws, bias, torch.bfloat16, "cublas")
+    assert different(got, ops.int8_mm(xq, xs, wq, ws, bias, torch.bfloat16, "reference")) == 0
+
+
+@gpu
+@pytest.mark.parametrize("m", [1, 8, 64])
+def test_weight_only_of_few_rows(m) -> None:
+    x, w, bias = _values((m, 520), torch.bfloat16), _values((130, 520), torch.bfloat16), _values((130,), torch.bfloat16)
+    y = ops.linear(x, w, bias, activation=None)
+    exact = x.double() @ numerics.dequantize(*ops.quantize(w), torch.float64).t() + bias.double()
+    assert ((y.double() - exact).norm() / exact.norm()) < 0.003
+    packed = teint8.QTensor.quantize(w)
+    assert different(ops.linear(x, packed, bias, activation=None), y) == 0
