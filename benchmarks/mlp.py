@@ -45,7 +45,8 @@ def eager() -> list[dict[str, object]]:
         head = slice(0, 64)
         assert differing(inside(layer, x)()[head], ops.linear(x[head], layer.weight, layer.bias, impl="reference")) == 0
         took = alternating({"bf16": lambda layer=layer, x=x: layer(x), "int8": inside(layer, x)})
-        rows.append({"work": f"linear {k} to {n}", "tokens": m, "bf16 ms": took["bf16"], "bf16 compiled ms": None, "int8 module ms": took["int8"],
+        rows.append({"work": f"linear {k} to {n}", "tokens": m, "bf16 ms": took["bf16"], "bf16 compiled ms": None,
+                     "int8 module ms": took["int8"],
                      "int8 fused ms": None, "module to bf16": took["bf16"] / took["int8"], "fused to compiled": None})  # fmt: skip
     model = SwiGLU(K, N)
     compiled = torch.compile(model)
@@ -56,7 +57,8 @@ def eager() -> list[dict[str, object]]:
         runs = {"bf16": lambda x=x: model(x), "compiled": lambda x=x: compiled(x), "module": inside(model, x),
                 "fused": lambda x=x: ops.gated_mlp(x, *packed)}  # fmt: skip
         took = alternating(runs)
-        rows.append({"work": "SwiGLU MLP", "tokens": m, "bf16 ms": took["bf16"], "bf16 compiled ms": took["compiled"], "int8 module ms": took["module"],
+        rows.append({"work": "SwiGLU MLP", "tokens": m, "bf16 ms": took["bf16"], "bf16 compiled ms": took["compiled"],
+                     "int8 module ms": took["module"],
                      "int8 fused ms": took["fused"], "module to bf16": took["compiled"] / took["module"],
                      "fused to compiled": took["compiled"] / took["fused"]})  # fmt: skip
     return rows
@@ -72,7 +74,8 @@ def from_graphs() -> list[dict[str, object]]:
         assert differing(ops.gated_mlp(x, *packed), ops.gated_mlp(x, *packed, impl="reference")) == 0
         runs = {"bf16": lambda x=x: model(x), "compiled": lambda x=x: compiled(x), "int8": lambda x=x: ops.gated_mlp(x, *packed)}
         took = alternating({name: graphed(run) for name, run in runs.items()}, seconds=0.2)
-        rows.append({"tokens": m, "bf16 us": took["bf16"] * 1e3, "bf16 compiled us": took["compiled"] * 1e3, "int8 us": took["int8"] * 1e3,
+        rows.append({"tokens": m, "bf16 us": took["bf16"] * 1e3, "bf16 compiled us": took["compiled"] * 1e3,
+                     "int8 us": took["int8"] * 1e3,
                      "to bf16": min(took["bf16"], took["compiled"]) / took["int8"]})  # fmt: skip
     return rows
 

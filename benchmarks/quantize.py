@@ -29,8 +29,10 @@ def main() -> None:
         ("rows and columns", lambda: ops.quantize_both(g), {"_absmax_kernel": 2, "_both_kernel": 4}),
         ("rows and columns, stochastic", lambda: ops.quantize_both(g, seed=seed), {"_both_kernel": 4}),
         ("rows of silu(g) * u", lambda: activation(g, u, kind="silu", rows=True), {"_activation_rows_kernel": 5}),
-        ("both of silu(g) * u", lambda: activation(g, u, kind="silu", rows=True, columns=True), {"_absmax_kernel": 4, "_both_kernel": 6}),
-        ("gradients of silu(g) * u, both", lambda: activation(g, u, d, kind="silu", rows=True, columns=True), {"_absmax_kernel": 6, "_both_kernel": 10}),
+        ("both of silu(g) * u", lambda: activation(g, u, kind="silu", rows=True, columns=True),
+         {"_absmax_kernel": 4, "_both_kernel": 6}),
+        ("gradients of silu(g) * u, both", lambda: activation(g, u, d, kind="silu", rows=True, columns=True),
+         {"_absmax_kernel": 6, "_both_kernel": 10}),
         ("gradients of silu(g) * u, values", lambda: activation(g, u, d, kind="silu", values=True), {"_activation_rows_kernel": 10}),
     )  # fmt: skip
     for work, run, kernels in works:

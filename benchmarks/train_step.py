@@ -93,7 +93,8 @@ def rows_of(m: int, k: int, n: int) -> list[dict[str, object]]:
     took = alternating({name: step(name) for name in runs}, rounds=2)
     base = took["bf16 compiled"]
     return [{"tokens": m, "width": k, "hidden": n, "step": name, "ms": took[name], "to bf16 compiled": base / took[name],
-             "gradient error": errors[name], "kept MB": kept[name] / 1e6, "kept to bf16": kept[name] / kept["bf16"]} for name in runs]  # fmt: skip
+             "gradient error": errors[name], "kept MB": kept[name] / 1e6,
+              "kept to bf16": kept[name] / kept["bf16"]} for name in runs]  # fmt: skip
 
 
 if __name__ == "__main__":

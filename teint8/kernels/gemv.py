@@ -1,7 +1,7 @@
 """INT8 matmul of one to four rows, which is bound by reading the weight: dot products of bytes without tensor cores.
 
 A program keeps partial sums of a few output channels in registers, four products an instruction (dp4a), and no tile goes through shared
-memory. For an MLP one launch multiplies gate and up, applies the activation and takes the absmax of its result, so that the codes of the
+memory. For an MLP one launch does gate and up, applies the activation and takes the absmax of its result, so that the codes of the
 result need no pass over a whole row. The bits are those of the large kernels: sums are exact integers.
 """
 
@@ -209,10 +209,12 @@ def gemv(
     inner = torch.float32 if INTERPRETING else act_dtype
     y = torch.empty((m, n), dtype=inner, device=device)
     c = config or (ONE if up is None else GATED)
-    args = (x, ws if xs is None else xs, wq, ws, ws if bias is None else bias.contiguous(), uq, us, ws if ub is None else ub.contiguous(), y,
+    args = (x, ws if xs is None else xs, wq, ws, ws if bias is None else bias.contiguous(), uq, us,
+            ws if ub is None else ub.contiguous(), y,
             y if tops is None else tops)  # fmt: skip
     strides = (x.stride(0), wq.stride(0), ws.stride(0), uq.stride(0), us.stride(0))
-    key = (device.index, m, n, k, strides, dtype, x.dtype, None if bias is None else bias.dtype, None if ub is None else ub.dtype, up is None,
+    key = (device.index, m, n, k, strides, dtype, x.dtype, None if bias is None else bias.dtype, None if ub is None else ub.dtype,
+           up is None,
            kind, tops is None, c, (x.data_ptr() | wq.data_ptr() | uq.data_ptr()) % 16)  # fmt: skip
     grid = (-(-n // c[0]), 1, 1)
     with on(device):
@@ -220,7 +222,8 @@ def gemv(
             _launch.again(key, grid, (*args, m, n, k // 4, *strides))
         else:
             rows = 1 if m == 1 else 2 if m == 2 else 4
-            constants = (rows, _DTYPES[act_dtype], bias is not None, ub is not None, up is not None, kind, k // 4 % c[1] == 0, xs is None,
+            constants = (rows, _DTYPES[act_dtype], bias is not None, ub is not None, up is not None, kind, k // 4 % c[1] == 0,
+                         xs is None,
                          c[0], c[1], c[3])  # fmt: skip
             _launch.first(key, grid, (*args, m, n, k // 4, *strides), constants, num_warps=c[2], enable_fp_fusion=False)
     return y if inner == dtype else y.to(dtype)

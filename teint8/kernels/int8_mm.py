@@ -22,7 +22,7 @@ class Config(NamedTuple):
     stages: int
 
 
-# (rows up to, tile): on Hopper the fastest of benchmarks/gemm.py --sweep on an H200 with Triton 3.6; elsewhere tiles that compile without
+# (rows up to, tile): on Hopper the fastest of benchmarks/gemm.py --sweep on an H200, Triton 3.6; elsewhere tiles that compile without
 # spilling registers (tests/test_compile_targets.py), not measured
 _FEW = ((16, Config(16, 64, 256, 4, 4)), (32, Config(32, 64, 256, 4, 4)))
 _HOPPER = (*_FEW, (128, Config(64, 128, 128, 4, 4)), (None, Config(128, 128, 128, 4, 3)))

@@ -36,9 +36,9 @@ def _activation(
     from teint8.kernels.quantize_both import quantize_both
 
     inner = g.dtype
-    g, u, d = (t.float() if t is not None and t.dtype == torch.float64 else t for t in (g, u, d))
-    both = quantize_both(g, u, d, kind=kind, seed=seed) if columns else None
-    one = activation_rows(g, u, d, kind=kind, codes=rows and not columns, values=values, seed=seed) if values or not columns else None
+    args: Any = [t.float() if t is not None and t.dtype == torch.float64 else t for t in (g, u, d)]
+    both = quantize_both(*args, kind=kind, seed=seed) if columns else None
+    one = activation_rows(*args, kind=kind, codes=rows and not columns, values=values, seed=seed) if values or not columns else None
     out: list[Any] = []
     for i in range(2 if u is not None and d is not None else 1):
         if values and one is not None:
@@ -95,10 +95,11 @@ def _few_mlp(x: Tensor, gate: Any, up: Any, down: Any, biases: Any, kind: str) -
     if not all(gemv.usable(w[0]) for w in (gate, down, *(() if up is None else (up,)))):
         return None
     tops = torch.zeros(x.shape[0], dtype=torch.int32, device=x.device)
-    both = None if up is None else (*up, biases[1])
-    codes = (x, None) if x.shape[0] == 1 else _quantize(x, None, None)
-    h = gemv.gemv(*codes, *gate, biases[0], x.dtype, up=both, kind=kind, tops=tops)
-    return gemv.gemv(*gemv.quantize_known(h, tops), *down, biases[2], x.dtype)
+    both: Any = None if up is None else (*up, biases[1])
+    codes: Any = (x, None) if x.shape[0] == 1 else _quantize(x, None, None)
+    h = gemv.gemv(codes[0], codes[1], gate[0], gate[1], biases[0], x.dtype, up=both, kind=kind, tops=tops)
+    h_codes = gemv.quantize_known(h, tops)
+    return gemv.gemv(h_codes[0], h_codes[1], down[0], down[1], biases[2], x.dtype)
 
 
 def _hopper_mlp(x: Tensor, gate: Any, up: Any, down: Any, biases: Any, kind: str) -> Tensor | None:
@@ -109,9 +110,10 @@ def _hopper_mlp(x: Tensor, gate: Any, up: Any, down: Any, biases: Any, kind: str
     if up is None or (biases[0] is None) != (biases[1] is None):
         return None
     b, ub = (None if t is None else t.detach() for t in biases[:2])
-    g, u = hopper.int8_mm(*_quantize(x, None, None), *gate, b, x.dtype, up=(*up, ub))
-    h = activation_rows(g, u, None, kind=kind, codes=True, values=False)[0]
-    return hopper.int8_mm(h.codes, h.scale, *down, None if biases[2] is None else biases[2].detach(), x.dtype)  # type: ignore[arg-type]
+    x_codes: Any = _quantize(x, None, None)
+    g, u = hopper.int8_mm(x_codes[0], x_codes[1], gate[0], gate[1], b, x.dtype, up=(*up, ub))
+    h: Any = activation_rows(g, u, None, kind=kind, codes=True, values=False)[0]
+    return hopper.int8_mm(h.codes, h.scale, down[0], down[1], None if biases[2] is None else biases[2].detach(), x.dtype)
 
 
 def weight_only(x: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:

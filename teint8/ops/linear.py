@@ -282,7 +282,7 @@ def linear(
     flat = x if wq.ndim > 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
     x_codes = None
     if shared is not None and activation == "row" and scale is None:
-        columns = bool(gradient) and wgrad == "int8" and differentiates(x, w, bias)
+        columns = bool(gradient) and wgrad == "int8" and differentiates(x, w, bias)  # type: ignore[arg-type]
         how = (columns, wq.ndim > 2, impl)
         x_codes = shared.codes(x, how, lambda: _activation_codes(flat.detach(), "row", None, columns, impl))
     y: Tensor = _linear(flat, w, bias, x_codes, codes, activation or "", scale, gradient or "", wgrad, impl, dtype or x.dtype)

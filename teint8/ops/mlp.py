@@ -55,10 +55,10 @@ class _Mlp(torch.autograd.Function):
         up: Any
         down: Any
         gate, up, down = (None if w is None else weight_codes_of(w, "row", bool(how.gradient), impl) for w in (wg, wu, wd))
-        g = int8_mm(*x_codes[:2], *gate[:2], bg, x.dtype, impl)
-        u = None if up is None else int8_mm(*x_codes[:2], *up[:2], bu, x.dtype, impl)
+        g = int8_mm(x_codes[0], x_codes[1], gate[0], gate[1], bg, x.dtype, impl)
+        u = None if up is None else int8_mm(x_codes[0], x_codes[1], up[0], up[1], bu, x.dtype, impl)
         h_codes: Any = activation(g, u, kind=how.kind, rows=True, columns=columns, impl=impl)
-        y: Tensor = int8_mm(*h_codes[:2], *down[:2], bd, x.dtype, impl)
+        y: Tensor = int8_mm(h_codes[0], h_codes[1], down[0], down[1], bd, x.dtype, impl)
         # a backward in INT8 wants weights by input channel, and activations along the tokens where dW is in INT8 too
         weights = [None if codes is None else codes[2:] if how.gradient else codes for codes in (gate, up, down)]
         activations = [codes[2:] if columns else codes for codes in (x_codes, h_codes)]
@@ -133,15 +133,15 @@ class _Back(NamedTuple):
         """G W_hat."""
         if rows is None:
             assert g is not None
-            return g @ dequantize(*weight, g.dtype)
-        return int8_mm(*rows, *weight, None, self.dtype, self.how.impl)
+            return g @ dequantize(weight[0], weight[1], g.dtype)
+        return int8_mm(rows[0], rows[1], weight[0], weight[1], None, self.dtype, self.how.impl)
 
     def wgrad(self, g: Tensor | None, columns: Codes | None, activations: Any) -> Tensor:
         """G^T X_hat."""
         if columns is None:
             assert g is not None
-            return g.mT @ dequantize(*activations, g.dtype)
-        return int8_mm(*columns, *activations, None, self.dtype, self.how.impl)
+            return g.mT @ dequantize(activations[0], activations[1], g.dtype)
+        return int8_mm(columns[0], columns[1], activations[0], activations[1], None, self.dtype, self.how.impl)
 
 
 def _infer(x: Tensor, gate: Codes, up: Codes | None, down: Codes, biases: tuple[Tensor | None, ...], how: _How) -> Tensor:
@@ -153,10 +153,10 @@ def _infer(x: Tensor, gate: Codes, up: Codes | None, down: Codes, biases: tuple[
         if y is not None:
             return y
     codes = quantize(x, impl=how.impl)
-    g = int8_mm(*codes, *gate, biases[0], x.dtype, how.impl)
-    u = None if up is None else int8_mm(*codes, *up, biases[1], x.dtype, how.impl)
+    g = int8_mm(codes[0], codes[1], gate[0], gate[1], biases[0], x.dtype, how.impl)
+    u = None if up is None else int8_mm(codes[0], codes[1], up[0], up[1], biases[1], x.dtype, how.impl)
     q, s = activation(g, u, kind=how.kind, rows=True, impl=how.impl)
-    return int8_mm(q, s, *down, biases[2], x.dtype, how.impl)
+    return int8_mm(q, s, down[0], down[1], biases[2], x.dtype, how.impl)
 
 
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]  # as ops/linear.py says

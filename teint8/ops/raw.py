@@ -122,7 +122,7 @@ def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def weight_only_mm(x: Tensor, w_codes: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """W8A16: floats x (..., K) by a weight of codes (N, K), or (B, M, K) by (B, N, K); a float matmul, which has no contract of bits."""
+    """W8A16: floats x (..., K) by a weight of codes (N, K), or (B, M, K) by (B, N, K); a float matmul: no contract of bits."""
     if x.is_cuda and x.ndim == w_codes.ndim == 2 and w_codes.numel() > 0 and direct(x, w_codes, w_scale, bias):
         from teint8.ops import cuda
 

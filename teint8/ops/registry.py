@@ -9,7 +9,8 @@ Ops and what their implementations are called with (always these shapes; broadca
 ``linear``    ``run(x (M, K) float, w_codes (N, K), w_scale (N,), bias (N,) | None, dtype) -> (M, N)``
               optional: both in one, for inference, where a device has something better than one after the other.
               An implementation whose ``flat`` is true takes the same without the batch dimension, too.
-``quantize_both``  ``run(x (M, K) or (B, M, K) float, seed int64 (B,) | None) -> codes (..., M, K), scale (..., M), tcodes (..., K, M), tscale (..., K)``
+``quantize_both``  ``run(x (..., M, K) float, seed int64 (B,) | None) -> codes, scale, tcodes (..., K, M), tscale (..., K)``
+              codes and scale as of ``quantize``,
               rows of x, and of its transpose, which is rounded with seed + 1.
 ``activation``  ``run(g (M, N) or (B, M, N), u | None, d | None, kind, rows, columns, values, seed (B,) | None) -> [tensors]``
               as ``activations.value``, or ``activations.gradient`` where d is given; for each result its values (..., M, N), its row
