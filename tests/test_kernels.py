@@ -272,3 +272,16 @@ def test_weight_only_of_few_rows(m) -> None:
     assert ((y.double() - exact).norm() / exact.norm()) < 0.003
     packed = teint8.QTensor.quantize(w)
     assert different(ops.linear(x, packed, bias, activation=None), y) == 0
+
+
+@pytest.mark.skipif(CUDA, reason="Triton's interpreter")
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 5, 7), (3, 34, 130), (16, 40, 256)])
+def test_weight_only_in_the_interpreter(m, n, k) -> None:
+    pytest.importorskip("triton")
+    from teint8.kernels.weight_only import weight_only
+
+    x, w, bias = (torch.randn(*shape).half() for shape in ((m, k), (n, k), (n,)))
+    wq, ws = ops.quantize(w)
+    y = weight_only(x, wq, ws, bias, x.dtype)
+    exact = x.double() @ numerics.dequantize(wq, ws, torch.float64).t() + bias.double()
+    assert ((y.double() - exact).norm() / exact.norm()) < 0.001

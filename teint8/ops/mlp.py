@@ -276,6 +276,12 @@ def mlp(
         kind: "gelu" (erf), "gelu_tanh" or "silu".
         gradient, wgrad, impl: as for ``gated_mlp``.
 
+    Returns:
+        (..., K').
+
+    Raises:
+        ValueError: shapes that do not fit. TypeError: dtypes or devices that differ.
+
     Example:
         >>> x, w = torch.ones(2, 3), torch.ones(4, 3)
         >>> mlp(x, w, torch.ones(3, 4))[0]
@@ -302,6 +308,9 @@ def merged_linear(
 
     Returns:
         A tuple of (..., N_i), with the bits of ``linear``.
+
+    Raises:
+        ValueError: not as many biases as weights, or shapes that do not fit. TypeError: dtypes or devices that differ.
 
     Example:
         >>> q, k = merged_linear(torch.ones(2, 3), [torch.ones(4, 3), torch.ones(5, 3)])

@@ -6,12 +6,11 @@ Ops and what their implementations are called with (always these shapes; broadca
               as ``numerics.quantize``, or ``numerics.quantize_static`` where a scale is given.
 ``int8_mm``   ``run(x_codes (B, M, K), x_scale (B, M), w_codes (B, N, K), w_scale (B, N), bias (B, N) | None, dtype) -> (B, M, N)``
               as ``numerics.int8_mm``.
+              An implementation whose ``flat`` is true takes the same without the batch dimension, too.
 ``linear``    ``run(x (M, K) float, w_codes (N, K), w_scale (N,), bias (N,) | None, dtype) -> (M, N)``
               optional: both in one, for inference, where a device has something better than one after the other.
-              An implementation whose ``flat`` is true takes the same without the batch dimension, too.
 ``quantize_both``  ``run(x (..., M, K) float, seed int64 (B,) | None) -> codes, scale, tcodes (..., K, M), tscale (..., K)``
-              codes and scale as of ``quantize``,
-              rows of x, and of its transpose, which is rounded with seed + 1.
+              as ``quantize`` of x's rows, and of its transpose's, which are rounded with seed + 1.
 ``activation``  ``run(g (M, N) or (B, M, N), u | None, d | None, kind, rows, columns, values, seed (B,) | None) -> [tensors]``
               as ``activations.value``, or ``activations.gradient`` where d is given; for each result its values (..., M, N), its row
               codes and scales, its transposed column codes and scales, of these what is asked for. The second result takes seed + 2.
