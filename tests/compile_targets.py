@@ -93,12 +93,13 @@ def kernels(arch: int) -> None:
         core(f"int8_mm {tuple(c)}", arch, int8_mm._int8_mm_kernel, constants, {"x_ptr": "*i8"}, num_warps=c.warps, num_stages=c.stages)
     rows = dict(STOCHASTIC=False, STATIC=False, BLOCK_M=1, BLOCK_K=16384, ONE_BLOCK=True)
     core("quantize", arch, quantize._quantize_kernel, rows, num_warps=4)
-    for kind, backward, blocks in (
-        ("", False, quantize_both.PLAIN),
-        ("silu", False, quantize_both.FORWARD),
-        ("silu", True, quantize_both.BACKWARD),
+    for kind, backward, value, blocks in (
+        ("", False, False, quantize_both.PLAIN),
+        ("silu", False, False, quantize_both.FORWARD),
+        ("silu", True, False, quantize_both.BACKWARD),
+        ("silu", True, True, quantize_both.BACKWARD),
     ):
-        how = dict(KIND=kind, GATED=bool(kind), BACKWARD=backward, EVEN=True, WIDE=False, OUTPUTS=1 + backward)
+        how = dict(KIND=kind, GATED=bool(kind), BACKWARD=backward, EVEN=True, WIDE=False, OUTPUTS=1 + backward, VALUE=value)
         bm, bn, span, stages, warps = blocks.absmax
         absmax = dict(**how, BLOCK_M=bm, BLOCK_N=bn, SPAN=span, STAGES=stages)
         core(f"absmax {kind} {backward}", arch, quantize_both._absmax_kernel, absmax, num_warps=warps)

@@ -62,11 +62,11 @@ def test_activation(shape, dtype, kind, gated, backward, stochastic, wanted, fla
     d = _values(shape, dtype) if backward else None
     seed = torch.tensor(987654321) if stochastic and len(shape) == 2 else None
     rows, columns, values = wanted
-    how = dict(kind=kind, rows=rows, columns=columns, values=values)
+    how = dict(kind=kind, rows=rows, columns=columns, values=values, value_columns=backward and rows)
     got = raw_both.activation(g, u, d, seed=None if seed is None else seed.to(DEVICE), impl=TRITON, **how)
     cpu = [None if t is None else t.cpu() for t in (g, u, d)]
     want = raw_both.activation(*cpu, seed=seed, impl="reference", **how)
-    assert len(got) == len(want) == (values + 2 * rows + 2 * columns) * (2 if gated and backward else 1)
+    assert len(got) == len(want) == (values + 2 * rows + 2 * columns) * (2 if gated and backward else 1) + 2 * (backward and rows)
     assert [different(a, b) for a, b in zip(got, want, strict=True)] == [0] * len(got)
     assert [a.stride() for a in got if a.numel() > 1] == [b.stride() for b in want if b.numel() > 1]
 

@@ -46,7 +46,7 @@ def _activation_rows_kernel(
     key0 = _key(seed, row) if STOCHASTIC else row
     key1 = _key(seed + 2, row) if STOCHASTIC else row
     if ONE_BLOCK:
-        first, second = _source(g_ptr, u_ptr, d_ptr, n, n, n < N, KIND, GATED, BACKWARD, False)
+        first, second, _ = _source(g_ptr, u_ptr, d_ptr, n, n, n < N, KIND, GATED, BACKWARD, False)
         if CODES:
             top0 = _larger(top0, _top(first, 0))
             top1 = _larger(top1, _top(second, 0))
@@ -69,12 +69,12 @@ def _activation_rows_kernel(
     else:
         if CODES:
             for k in range(0, N, BLOCK):
-                first, second = _source(g_ptr, u_ptr, d_ptr, k + n, k + n, k + n < N, KIND, GATED, BACKWARD, False)
+                first, second, _ = _source(g_ptr, u_ptr, d_ptr, k + n, k + n, k + n < N, KIND, GATED, BACKWARD, False)
                 top0 = _larger(top0, _top(first, 0))
                 top1 = _larger(top1, _top(second, 0))
         for k in range(0, N, BLOCK):
             at = k + n
-            first, second = _source(g_ptr, u_ptr, d_ptr, at, at, at < N, KIND, GATED, BACKWARD, False)
+            first, second, _ = _source(g_ptr, u_ptr, d_ptr, at, at, at < N, KIND, GATED, BACKWARD, False)
             _finish(
                 rounded(first, dtype),
                 _bits(top0, dtype),

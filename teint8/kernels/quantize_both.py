@@ -27,10 +27,14 @@ def _load(ptr, at, mask, EVEN: tl.constexpr):
 def _source(
     g_ptr, u_ptr, d_ptr, at, at_d, mask, KIND: tl.constexpr, GATED: tl.constexpr, BACKWARD: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """What is quantized, in float32 before it is rounded to its dtype: one tensor, or two for the gradients of a gate."""
+    """What is quantized, in float32 before it is rounded to its dtype: one tensor, or two for the gradients of a gate.
+
+    Third comes the activation's value where its gradients are first and second; what is not used costs nothing.
+    """
     g = _load(g_ptr, at, mask, EVEN)
     first = g
     second = g
+    value = g
     if KIND != "":
         z, slope = value_and_slope(g, KIND)
         if GATED:
@@ -41,7 +45,8 @@ def _source(
             second = d * z
         else:
             first = z * u if GATED else z
-    return first, second
+        value = z * u if GATED else z
+    return first, second, value
 
 
 @triton.jit
@@ -66,7 +71,7 @@ def _bits(absmax, DTYPE: tl.constexpr):
 def _absmax_kernel(
     g_ptr, u_ptr, d_ptr, tops_ptr, M, N, stride_gb, stride_gm, stride_db, stride_dm,
     KIND: tl.constexpr, GATED: tl.constexpr, BACKWARD: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr, OUTPUTS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPAN: tl.constexpr, STAGES: tl.constexpr,
+    VALUE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPAN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(2).to(tl.int64)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -75,9 +80,10 @@ def _absmax_kernel(
     u_ptr += batch * stride_gb
     d_ptr += batch * stride_db
     rows_ptr = tops_ptr + batch * OUTPUTS * M
-    columns_ptr = tops_ptr + tl.num_programs(2) * OUTPUTS * M + batch * OUTPUTS * N
+    columns_ptr = tops_ptr + tl.num_programs(2) * OUTPUTS * M + batch * (OUTPUTS + VALUE) * N
     top0 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     top1 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    top2 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     dtype = g_ptr.dtype.element_ty
     for i in tl.range(0, SPAN, BLOCK_M, num_stages=STAGES):
         rows = tl.program_id(1) * SPAN + i + tl.arange(0, BLOCK_M)
@@ -86,15 +92,19 @@ def _absmax_kernel(
         mask = in_m[:, None] & in_n[None, :]
         at = r[:, None] * stride_gm + columns[None, :]
         at_d = r[:, None] * stride_dm + columns[None, :]
-        first, second = _source(g_ptr, u_ptr, d_ptr, at, at_d, mask, KIND, GATED, BACKWARD, EVEN)
+        first, second, value = _source(g_ptr, u_ptr, d_ptr, at, at_d, mask, KIND, GATED, BACKWARD, EVEN)
         top0 = _larger(top0, tl.abs(first))
         tl.atomic_max(rows_ptr + rows, _bits(_top(first, 1), dtype), mask=in_m, sem="relaxed")
         if OUTPUTS == 2:
             top1 = _larger(top1, tl.abs(second))
             tl.atomic_max(rows_ptr + M + rows, _bits(_top(second, 1), dtype), mask=in_m, sem="relaxed")
+        if VALUE:  # by column alone
+            top2 = _larger(top2, tl.abs(value))
     tl.atomic_max(columns_ptr + columns, _bits(_top(top0, 0), dtype), mask=in_n, sem="relaxed")
     if OUTPUTS == 2:
         tl.atomic_max(columns_ptr + N + columns, _bits(_top(top1, 0), dtype), mask=in_n, sem="relaxed")
+    if VALUE:
+        tl.atomic_max(columns_ptr + OUTPUTS * N + columns, _bits(_top(top2, 0), dtype), mask=in_n, sem="relaxed")
 
 
 @triton.jit
@@ -144,9 +154,9 @@ def _code_bits(x, multiplier, noise, STOCHASTIC: tl.constexpr):
 @triton.jit
 def _store_both(
     x0, x1, x2, x3, m4, n, in_n, M, codes_ptr, tcodes_ptr, rows_ptr, columns_ptr, stride_cm, stride_tn, seed,
-    EVEN: tl.constexpr, WIDE: tl.constexpr, STOCHASTIC: tl.constexpr,
+    EVEN: tl.constexpr, WIDE: tl.constexpr, STOCHASTIC: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Row codes of four interleaved sets of rows, and their transposed column codes packed into words."""
+    """Row codes (with ROWS) of four interleaved sets of rows, and their transposed column codes packed into words."""
     c = tl.load(columns_ptr + n, mask=in_n, other=0).to(tl.float32, bitcast=True)[None, :]
     column_key = _key(seed + 1, n)[None, :] if STOCHASTIC else n[None, :]
     b0 = x0.to(tl.int32, bitcast=True)
@@ -157,19 +167,16 @@ def _store_both(
         x = x0 if j == 0 else x1 if j == 1 else x2 if j == 2 else x3
         m = m4 * 4 + j
         in_m = m < M
-        r = tl.load(rows_ptr + m, mask=in_m, other=0).to(tl.float32, bitcast=True)[:, None]
-        if STOCHASTIC:
-            q = _code_bits(x, r, _noise(_key(seed, m)[:, None], n[None, :]), True)
-            b = _code_bits(x, c, _noise(column_key, m[:, None]), True)
-        else:
-            q = _code_bits(x, r, x, False)
-            b = _code_bits(x, c, x, False)
-        q = tl.where(r != 0, q, 0).to(tl.int8)
-        at = (m.to(tl.int64) if WIDE else m)[:, None] * stride_cm + n[None, :]
-        if EVEN:
-            tl.store(codes_ptr + at, q)
-        else:
-            tl.store(codes_ptr + at, q, mask=in_m[:, None] & in_n[None, :])
+        b = _code_bits(x, c, _noise(column_key, m[:, None]), True) if STOCHASTIC else _code_bits(x, c, x, False)
+        if ROWS:
+            r = tl.load(rows_ptr + m, mask=in_m, other=0).to(tl.float32, bitcast=True)[:, None]
+            noise = _noise(_key(seed, m)[:, None], n[None, :]) if STOCHASTIC else x
+            q = tl.where(r != 0, _code_bits(x, r, noise, STOCHASTIC), 0).to(tl.int8)
+            at = (m.to(tl.int64) if WIDE else m)[:, None] * stride_cm + n[None, :]
+            if EVEN:
+                tl.store(codes_ptr + at, q)
+            else:
+                tl.store(codes_ptr + at, q, mask=in_m[:, None] & in_n[None, :])
         if j == 0:
             b0 = b
         elif j == 1:
@@ -190,10 +197,10 @@ def _store_both(
 
 @triton.jit
 def _both_kernel(
-    g_ptr, u_ptr, d_ptr, multipliers_ptr, codes0_ptr, tcodes0_ptr, codes1_ptr, tcodes1_ptr, seed_ptr, M, N,
+    g_ptr, u_ptr, d_ptr, multipliers_ptr, codes0_ptr, tcodes0_ptr, codes1_ptr, tcodes1_ptr, tcodes2_ptr, seed_ptr, M, N,
     stride_gb, stride_gm, stride_db, stride_dm, stride_cb, stride_cm, stride_tb, stride_tn,
     KIND: tl.constexpr, GATED: tl.constexpr, BACKWARD: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr, OUTPUTS: tl.constexpr,
-    STOCHASTIC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    VALUE: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(2).to(tl.int64)
     # begins with what the absmax pass read last: it is still in the L2 cache
@@ -208,22 +215,35 @@ def _both_kernel(
     u_ptr += batch * stride_gb
     d_ptr += batch * stride_db
     rows_ptr = multipliers_ptr + batch * OUTPUTS * M
-    columns_ptr = multipliers_ptr + tl.num_programs(2) * OUTPUTS * M + batch * OUTPUTS * N
+    columns_ptr = multipliers_ptr + tl.num_programs(2) * OUTPUTS * M + batch * (OUTPUTS + VALUE) * N
     codes0_ptr += batch * stride_cb
     tcodes0_ptr += batch * stride_tb
-    first0, second0 = _rows_of(g_ptr, u_ptr, d_ptr, m4 * 4 + 0, n, M, in_n, stride_gm, stride_dm, KIND, GATED, BACKWARD, EVEN, WIDE)
-    first1, second1 = _rows_of(g_ptr, u_ptr, d_ptr, m4 * 4 + 1, n, M, in_n, stride_gm, stride_dm, KIND, GATED, BACKWARD, EVEN, WIDE)
-    first2, second2 = _rows_of(g_ptr, u_ptr, d_ptr, m4 * 4 + 2, n, M, in_n, stride_gm, stride_dm, KIND, GATED, BACKWARD, EVEN, WIDE)
-    first3, second3 = _rows_of(g_ptr, u_ptr, d_ptr, m4 * 4 + 3, n, M, in_n, stride_gm, stride_dm, KIND, GATED, BACKWARD, EVEN, WIDE)
+    first0, second0, value0 = _rows_of(
+        g_ptr, u_ptr, d_ptr, m4 * 4 + 0, n, M, in_n, stride_gm, stride_dm, KIND, GATED, BACKWARD, EVEN, WIDE
+    )
+    first1, second1, value1 = _rows_of(
+        g_ptr, u_ptr, d_ptr, m4 * 4 + 1, n, M, in_n, stride_gm, stride_dm, KIND, GATED, BACKWARD, EVEN, WIDE
+    )
+    first2, second2, value2 = _rows_of(
+        g_ptr, u_ptr, d_ptr, m4 * 4 + 2, n, M, in_n, stride_gm, stride_dm, KIND, GATED, BACKWARD, EVEN, WIDE
+    )
+    first3, second3, value3 = _rows_of(
+        g_ptr, u_ptr, d_ptr, m4 * 4 + 3, n, M, in_n, stride_gm, stride_dm, KIND, GATED, BACKWARD, EVEN, WIDE
+    )
     seed = tl.load(seed_ptr + batch) if STOCHASTIC else 0
     _store_both(
         first0, first1, first2, first3, m4, n, in_n, M, codes0_ptr, tcodes0_ptr, rows_ptr, columns_ptr,
-        stride_cm, stride_tn, seed, EVEN, WIDE, STOCHASTIC,
+        stride_cm, stride_tn, seed, EVEN, WIDE, STOCHASTIC, True,
     )  # fmt: skip
     if OUTPUTS == 2:
         _store_both(
             second0, second1, second2, second3, m4, n, in_n, M, codes1_ptr + batch * stride_cb, tcodes1_ptr + batch * stride_tb,
-            rows_ptr + M, columns_ptr + N, stride_cm, stride_tn, seed + 2, EVEN, WIDE, STOCHASTIC,
+            rows_ptr + M, columns_ptr + N, stride_cm, stride_tn, seed + 2, EVEN, WIDE, STOCHASTIC, True,
+        )  # fmt: skip
+    if VALUE:  # to nearest: it is an activation of the forward
+        _store_both(
+            value0, value1, value2, value3, m4, n, in_n, M, codes0_ptr, tcodes2_ptr + batch * stride_tb, rows_ptr,
+            columns_ptr + OUTPUTS * N, stride_cm, stride_tn, seed, EVEN, WIDE, False, False,
         )  # fmt: skip
 
 
@@ -235,11 +255,12 @@ def _rows_of(
     r = m.to(tl.int64) if WIDE else m
     at = r[:, None] * stride_gm + n[None, :]
     at_d = r[:, None] * stride_dm + n[None, :]
-    first, second = _source(g_ptr, u_ptr, d_ptr, at, at_d, (m < M)[:, None] & in_n[None, :], KIND, GATED, BACKWARD, EVEN)
+    first, second, value = _source(g_ptr, u_ptr, d_ptr, at, at_d, (m < M)[:, None] & in_n[None, :], KIND, GATED, BACKWARD, EVEN)
     if KIND != "":
         first = rounded(first, g_ptr.dtype.element_ty)
         second = rounded(second, g_ptr.dtype.element_ty)
-    return first, second
+        value = rounded(value, g_ptr.dtype.element_ty)
+    return first, second, value
 
 
 class Blocks(NamedTuple):
@@ -264,7 +285,6 @@ INTERPRETED = Blocks((64, 128, 128, 1, 4), (64, 128, 4))
 _absmax = Launch(_absmax_kernel)
 _scales = Launch(_scales_kernel)
 _both = Launch(_both_kernel)
-Codes = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def padded(shape: tuple[int, ...], device: torch.device) -> Tensor:
@@ -296,8 +316,9 @@ def quantize_both(
     *,
     kind: str = "",
     seed: Tensor | None = None,
+    value: bool = False,
     blocks: Blocks | None = None,
-) -> tuple[Codes, ...]:
+) -> list[Tensor]:
     """Codes (..., M, N), scales (..., M), transposed codes (..., N, M), scales (..., N) of a source; twice for the gradients of a gate.
 
     Args:
@@ -306,6 +327,7 @@ def quantize_both(
         d: as g, for the gradients of the activation: that of its result; None for its value.
         kind: "" or one of ``teint8.activations.KINDS``.
         seed: int64 (B,) for stochastic rounding: seed for rows, seed + 1 for columns; + 2 and + 3 for the second gradient.
+        value: with d, append transposed codes and scales of the activation's value, rounded to nearest.
         blocks: tiles; the bits do not depend on them.
 
     """
@@ -316,25 +338,27 @@ def quantize_both(
     gated, backward = u is not None, d is not None
     u, d = alike(u, g), g if d is None else dense(d)
     outputs = 2 if gated and backward else 1
+    sides = outputs + value  # what has codes by column
     blocks = blocks or (INTERPRETED if INTERPRETING else BACKWARD if backward else FORWARD if kind else PLAIN)
     # absmax of rows, then of columns, as the bits of float32; later what to multiply with
     rows = batch * outputs * m
-    count = rows + batch * outputs * n
+    count = rows + batch * sides * n
     tops = torch.zeros(count, dtype=torch.int32, device=device)
     scales = torch.empty(count, dtype=torch.float32, device=device)
     codes = [padded((*lead, m, n), device) for _ in range(outputs)]
-    tcodes = [padded((*lead, n, m), device) for _ in range(outputs)]
+    tcodes = [padded((*lead, n, m), device) for _ in range(sides)]
     strides = (g.stride(0), g.stride(-2), d.stride(0), d.stride(-2))
     out_strides = (codes[0].stride(0), codes[0].stride(-2), tcodes[0].stride(0), tcodes[0].stride(-2))
-    key = (device.index, g.dtype, shape, strides, kind, gated, backward, seed is None, blocks,
+    key = (device.index, g.dtype, shape, strides, kind, gated, backward, value, seed is None, blocks,
            (g.data_ptr() | u.data_ptr() | d.data_ptr()) % 16)  # fmt: skip
+    args = (g, u, d, tops, codes[0], tcodes[0], codes[-1], tcodes[outputs - 1], tcodes[-1],
+            tops if seed is None else seed.contiguous())  # fmt: skip
     with on(device):
         if _both.known(key):
             bm, bn, span = blocks.absmax[:3]
             _absmax.again(key, (-(-n // bn), -(-m // span), batch), (g, u, d, tops, m, n, *strides))
             _scales.again((device.index, count), (-(-count // 512), 1, 1), (tops, scales, count))
             bm, bn, _ = blocks.codes
-            args = (g, u, d, tops, codes[0], tcodes[0], codes[-1], tcodes[-1], tops if seed is None else seed.contiguous())
             _both.again(key, (-(-n // bn), -(-m // bm), batch), (*args, m, n, *strides, *out_strides))
         else:
             how = (kind, gated, backward)
@@ -342,14 +366,17 @@ def quantize_both(
             bm, bn, span, stages, warps = blocks.absmax
             even = m % span == 0 and n % bn == 0
             _absmax.first(key, (-(-n // bn), -(-m // span), batch), (g, u, d, tops, m, n, *strides),
-                          (*how, even, wide, outputs, bm, bn, span, stages), num_warps=warps, enable_fp_fusion=False)  # fmt: skip
+                          (*how, even, wide, outputs, value, bm, bn, span, stages), num_warps=warps, enable_fp_fusion=False)  # fmt: skip
             _scales.first((device.index, count), (-(-count // 512), 1, 1), (tops, scales, count), (512,), enable_fp_fusion=False)
             bm, bn, warps = blocks.codes
             even = m % bm == 0 and n % bn == 0
-            args = (g, u, d, tops, codes[0], tcodes[0], codes[-1], tcodes[-1], tops if seed is None else seed.contiguous())
             _both.first(key, (-(-n // bn), -(-m // bm), batch), (*args, m, n, *strides, *out_strides),
-                        (*how, even, wide, outputs, seed is not None, bm, bn), num_warps=warps, enable_fp_fusion=False)  # fmt: skip
-    if outputs == 1 and not lead:
-        return ((codes[0], scales[:m], tcodes[0], scales[m:]),)
-    scale, tscale = scales[:rows].view(batch, outputs, m), scales[rows:].view(batch, outputs, n)
-    return tuple((codes[i], scale[:, i].reshape(*lead, m), tcodes[i], tscale[:, i].reshape(*lead, n)) for i in range(outputs))
+                        (*how, even, wide, outputs, value, seed is not None, bm, bn), num_warps=warps, enable_fp_fusion=False)  # fmt: skip
+    if sides == 1 and not lead:
+        return [codes[0], scales[:m], tcodes[0], scales[m:]]
+    scale, tscale = scales[:rows].view(batch, outputs, m), scales[rows:].view(batch, sides, n)
+    out: list[Tensor] = []
+    for i in range(sides):
+        out += [codes[i], scale[:, i].reshape(*lead, m)] if i < outputs else []
+        out += [tcodes[i], tscale[:, i].reshape(*lead, n)]
+    return out

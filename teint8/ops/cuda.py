@@ -25,11 +25,19 @@ def _quantize(x: Tensor, seed: Tensor | None, scale: Tensor | None) -> Any:
 def _quantize_both(x: Tensor, seed: Tensor | None) -> Any:
     from teint8.kernels import quantize_both
 
-    return quantize_both.quantize_both(x, seed=seed)[0]
+    return quantize_both.quantize_both(x, seed=seed)
 
 
 def _activation(
-    g: Tensor, u: Tensor | None, d: Tensor | None, kind: str, rows: bool, columns: bool, values: bool, seed: Tensor | None
+    g: Tensor,
+    u: Tensor | None,
+    d: Tensor | None,
+    kind: str,
+    rows: bool,
+    columns: bool,
+    values: bool,
+    value_columns: bool,
+    seed: Tensor | None,
 ) -> list[Tensor]:
     """Both orientations take two reads; rows and values take one, in a kernel of their own."""
     from teint8.kernels.activation_rows import activation_rows
@@ -37,17 +45,19 @@ def _activation(
 
     inner = g.dtype
     args: Any = [t.float() if t is not None and t.dtype == torch.float64 else t for t in (g, u, d)]
-    both = quantize_both(*args, kind=kind, seed=seed) if columns else None
+    both = quantize_both(*args, kind=kind, seed=seed, value=value_columns) if columns or value_columns else []
+    if columns and rows and not values:
+        return both
     one = activation_rows(*args, kind=kind, codes=rows and not columns, values=values, seed=seed) if values or not columns else None
     out: list[Any] = []
     for i in range(2 if u is not None and d is not None else 1):
-        if values and one is not None:
-            out.append(one[i].value if one[i].value is None else one[i].value.to(inner))  # type: ignore[union-attr]
+        if values:
+            out.append(one[i].value.to(inner))  # type: ignore[index,union-attr]
         if rows:
-            out += list(both[i][:2]) if both is not None else [one[i].codes, one[i].scale]  # type: ignore[index]
-        if both is not None:
-            out += list(both[i][2:])
-    return out
+            out += both[4 * i : 4 * i + 2] if columns else [one[i].codes, one[i].scale]  # type: ignore[index]
+        if columns:
+            out += both[4 * i + 2 : 4 * i + 4]
+    return out + both[-2:] if value_columns else out
 
 
 def _int8_mm(xq: Tensor, xs: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -56,10 +66,12 @@ def _int8_mm(xq: Tensor, xs: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None
     return int8_mm.int8_mm(xq, xs, wq, ws, bias, dtype)
 
 
-def _hopper(xq: Tensor, xs: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _hopper(
+    xq: Tensor, xs: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None, dtype: torch.dtype, residual: Tensor | None = None
+) -> Tensor:
     from teint8.kernels import hopper
 
-    return hopper.int8_mm(xq, xs, wq, ws, bias, dtype)
+    return hopper.int8_mm(xq, xs, wq, ws, bias, dtype, residual=residual)
 
 
 def _cublas(xq: Tensor, xs: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -188,7 +200,7 @@ def _interpreter_why_not(problem: Problem) -> str | None:
 
 def register_all() -> None:
     """Register Triton for GPUs, and its interpreter, which runs only when asked for by name."""
-    register("int8_mm", "triton-hopper", _hopper, device="cuda", priority=30, why_not=_hopper_why_not, flat=True)
+    register("int8_mm", "triton-hopper", _hopper, device="cuda", priority=30, why_not=_hopper_why_not, flat=True, adds=True)
     register("int8_mm", "cublas", _cublas, device="cuda", priority=15, why_not=_cublas_why_not)
     for op, run in (
         ("quantize", _quantize), ("int8_mm", _int8_mm), ("quantize_both", _quantize_both), ("activation", _activation),
@@ -197,6 +209,5 @@ def register_all() -> None:
         register(op, "triton-interpreter", run, device="cpu", priority=-1, why_not=_interpreter_why_not)
     register("linear", "triton", _linear, device="cuda", priority=20, why_not=_why_not)
     register("linear", "triton-gemv", _few, device="cuda", priority=30, why_not=_few_why_not)
-    # by name alone: a launch of two weights hung a GPU once, and its mend was not run on one yet
-    register("mlp", "triton-hopper", _hopper_mlp, device="cuda", priority=-1, why_not=_hopper_mlp_why_not)
+    register("mlp", "triton-hopper", _hopper_mlp, device="cuda", priority=25, why_not=_hopper_mlp_why_not)
     register("mlp", "triton-gemv", _few_mlp, device="cuda", priority=30, why_not=_few_why_not)

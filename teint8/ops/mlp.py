@@ -9,7 +9,7 @@ from teint8.activations import KINDS
 from teint8.ops import registry
 from teint8.ops.activate import activate
 from teint8.ops.linear import differentiates, keeps, linear, weight_codes_of
-from teint8.ops.raw import dequantize, direct, int8_mm, quantize
+from teint8.ops.raw import dequantize, direct, int8_mm, int8_mm_add, quantize
 from teint8.ops.raw_both import activation, quantize_both
 from teint8.ops.registry import Problem
 from teint8.ops.shared import Shared
@@ -57,11 +57,12 @@ class _Mlp(torch.autograd.Function):
         gate, up, down = (None if w is None else weight_codes_of(w, "row", bool(how.gradient), impl) for w in (wg, wu, wd))
         g = int8_mm(x_codes[0], x_codes[1], gate[0], gate[1], bg, x.dtype, impl)
         u = None if up is None else int8_mm(x_codes[0], x_codes[1], up[0], up[1], bu, x.dtype, impl)
-        h_codes: Any = activation(g, u, kind=how.kind, rows=True, columns=columns, impl=impl)
+        h_codes: Any = activation(g, u, kind=how.kind, rows=True, impl=impl)
         y: Tensor = int8_mm(h_codes[0], h_codes[1], down[0], down[1], bd, x.dtype, impl)
-        # a backward in INT8 wants weights by input channel, and activations along the tokens where dW is in INT8 too
+        # a backward in INT8 wants weights by input channel, and activations along the tokens where dW is in INT8 too; those of h it
+        # makes again from g and u, which it reads anyway
         weights = [None if codes is None else codes[2:] if how.gradient else codes for codes in (gate, up, down)]
-        activations = [codes[2:] if columns else codes for codes in (x_codes, h_codes)]
+        activations = [x_codes[2:] if columns else x_codes, None if columns else h_codes]
         ctx.how, ctx.gated = how, wu is not None
         ctx.save_for_backward(g, u, *(t for pair in (*weights, *activations) for t in (pair or (None, None))))
         return y
@@ -76,18 +77,22 @@ class _Mlp(torch.autograd.Function):
         dy_rows, dy_columns = back.codes(dy, need_d)
         dh = back.dgrad(dy, dy_rows, down)
         grads: list[Any] = [None] * 7
-        grads[3] = back.wgrad(dy, dy_columns, h_codes) if need_d else None
         grads[6] = dy.sum(0) if need_bias[2] else None
         values = not how.columns or any(need_bias[:2])
+        again = how.columns and need_d
         out = activation(
-            g, u, dh, kind=how.kind, rows=bool(how.gradient), columns=how.columns, values=values, seed=back.seed(), impl=how.impl
-        )
+            g, u, dh, kind=how.kind, rows=bool(how.gradient), columns=how.columns, values=values, value_columns=again,
+            seed=back.seed(), impl=how.impl,
+        )  # fmt: skip
+        if again:
+            h_codes, out = out[-2:], out[:-2]
+        if need_d:
+            grads[3] = back.wgrad(dy, dy_columns, h_codes)
         parts = list(_parts(out, values, bool(how.gradient), how.columns))
         del dh
         for i, ((value, rows, columns), codes) in enumerate(zip(parts, (gate, up) if ctx.gated else (gate,), strict=True)):
             if need_x:
-                dx = back.dgrad(value, rows, codes)
-                grads[0] = dx if grads[0] is None else grads[0] + dx
+                grads[0] = back.dgrad(value, rows, codes, grads[0])
             if (need_g, need_u)[i]:
                 grads[1 + i] = back.wgrad(value, columns, x_codes)
             if need_bias[i]:
@@ -129,11 +134,14 @@ class _Back(NamedTuple):
             return codes[:2], codes[2:]
         return quantize(g, seed=self.seed(), impl=self.how.impl), None
 
-    def dgrad(self, g: Tensor | None, rows: Codes | None, weight: Any) -> Tensor:
-        """G W_hat."""
+    def dgrad(self, g: Tensor | None, rows: Codes | None, weight: Any, other: Tensor | None = None) -> Tensor:
+        """G W_hat, added to another gradient."""
         if rows is None:
             assert g is not None
-            return g @ dequantize(weight[0], weight[1], g.dtype)
+            dx = g @ dequantize(weight[0], weight[1], g.dtype)
+            return dx if other is None else other + dx
+        if other is not None:
+            return int8_mm_add(rows[0], rows[1], weight[0], weight[1], other, self.dtype, self.how.impl)
         return int8_mm(rows[0], rows[1], weight[0], weight[1], None, self.dtype, self.how.impl)
 
     def wgrad(self, g: Tensor | None, columns: Codes | None, activations: Any) -> Tensor:

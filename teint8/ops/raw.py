@@ -88,6 +88,24 @@ def int8_mm(
     return y
 
 
+def int8_mm_add(
+    x_codes: Tensor, x_scale: Tensor, w_codes: Tensor, w_scale: Tensor, residual: Tensor, dtype: torch.dtype, impl: str = ""
+) -> Tensor:
+    """``int8_mm(...) + residual``, each rounded once, in one kernel where one adds; no gradient flows.
+
+    Args:
+        residual: (..., N), in ``dtype``. The rest as for ``int8_mm``, without a bias.
+
+    """
+    if w_codes.ndim == x_codes.ndim == 2 and 0 not in (*x_codes.shape, w_codes.shape[0]) and direct(x_codes, w_codes, residual):
+        problem = Problem(x_codes.device.type, dtype, 1, x_codes.shape[0], w_codes.shape[0], x_codes.shape[1])
+        implementation = registry.select("int8_mm", problem, impl)
+        if implementation.adds and implementation.flat:
+            y: Tensor = implementation.run(x_codes, x_scale, w_codes, w_scale, None, dtype, residual=residual.detach())
+            return y
+    return int8_mm(x_codes, x_scale, w_codes, w_scale, None, dtype, impl) + residual
+
+
 def fused_linear(x: Tensor, w_codes: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """``quantize`` and ``int8_mm`` in one, where an implementation of "linear" can; else None. For real tensors only.
 

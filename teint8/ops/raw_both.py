@@ -11,7 +11,8 @@ from teint8.ops.registry import Problem
 _library = torch.library.Library("teint8", "FRAGMENT")
 _library.define("quantize_both(Tensor x, Tensor? seed, str impl) -> (Tensor, Tensor, Tensor, Tensor)")
 _library.define(
-    "activation(Tensor g, Tensor? u, Tensor? d, Tensor? seed, str kind, bool rows, bool columns, bool values, str impl) -> Tensor[]"
+    "activation(Tensor g, Tensor? u, Tensor? d, Tensor? seed, str kind, bool rows, bool columns, bool values, bool value_columns, "
+    "str impl) -> Tensor[]"
 )
 
 Codes = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -51,6 +52,7 @@ def activation(
     rows: bool = False,
     columns: bool = False,
     values: bool = False,
+    value_columns: bool = False,
     seed: Tensor | None = None,
     impl: str = "",
 ) -> list[Tensor]:
@@ -60,11 +62,13 @@ def activation(
         g: (M, N) or (B, M, N), any float dtype. u, d: as g, or None.
         kind: one of ``teint8.activations.KINDS``.
         rows, columns, values: what is wanted of each result.
+        value_columns: with d, transposed column codes of the activation's value, too: a backward needs no codes kept by the forward.
         seed: int64 () for stochastic rounding.
         impl: name of an implementation, "" for the best.
 
     Returns:
-        For each result ``[values]``, ``[codes, scale]``, ``[tcodes, tscale]``, of these what is wanted, in one list.
+        For each result ``[values]``, ``[codes, scale]``, ``[tcodes, tscale]``, of these what is wanted, in one list; last those of the
+        value.
 
     Example:
         >>> (h,) = activation(torch.tensor([[1.0, 0.0]]), kind="silu", values=True)
@@ -73,7 +77,7 @@ def activation(
 
     """
     op = _activation if raw.direct(g, u, d, seed) else torch.ops.teint8.activation
-    out: list[Tensor] = op(g, u, d, seed, kind, rows, columns, values, impl)
+    out: list[Tensor] = op(g, u, d, seed, kind, rows, columns, values, value_columns, impl)
     return out
 
 
@@ -106,16 +110,26 @@ def _problem(x: Tensor) -> Problem:
 
 
 def _activation(
-    g: Tensor, u: Tensor | None, d: Tensor | None, seed: Tensor | None, kind: str, rows: bool, columns: bool, values: bool, impl: str
+    g: Tensor,
+    u: Tensor | None,
+    d: Tensor | None,
+    seed: Tensor | None,
+    kind: str,
+    rows: bool,
+    columns: bool,
+    values: bool,
+    value_columns: bool,
+    impl: str,
 ) -> list[Tensor]:
     results = 2 if u is not None and d is not None else 1
     if g.numel() == 0:
         one = [torch.empty_like(g)] * values
         one += list(raw.quantize(g)) * rows
         one += list(raw.quantize(g.mT)) * columns
-        return [_aligned(t) if t.dtype == torch.int8 else t.clone() for t in one * results]
+        one = one * results + list(raw.quantize(g.mT)) * value_columns
+        return [_aligned(t) if t.dtype == torch.int8 else t.clone() for t in one]
     sources = [None if t is None else t.detach() for t in (g, u, d)]
-    out = registry.select("activation", _problem(g), impl).run(*sources, kind, rows, columns, values, _seeds(seed))
+    out = registry.select("activation", _problem(g), impl).run(*sources, kind, rows, columns, values, value_columns, _seeds(seed))
     return [_aligned(t) if t.dtype == torch.int8 else t.contiguous() for t in out]
 
 
@@ -136,7 +150,16 @@ def _quantize_both_fake(x: Tensor, seed: Tensor | None, impl: str) -> Codes:
 
 @torch.library.register_fake("teint8::activation", lib=_library)  # type: ignore[untyped-decorator]
 def _activation_fake(
-    g: Tensor, u: Tensor | None, d: Tensor | None, seed: Tensor | None, kind: str, rows: bool, columns: bool, values: bool, impl: str
+    g: Tensor,
+    u: Tensor | None,
+    d: Tensor | None,
+    seed: Tensor | None,
+    kind: str,
+    rows: bool,
+    columns: bool,
+    values: bool,
+    value_columns: bool,
+    impl: str,
 ) -> list[Tensor]:
     out: list[Tensor] = []
     for _ in range(2 if u is not None and d is not None else 1):
@@ -146,7 +169,7 @@ def _activation_fake(
             out += _fake_codes(g)
         if columns:
             out += _fake_codes(g.mT)
-    return out
+    return out + list(_fake_codes(g.mT)) * value_columns
 
 
 @torch.library.register_vmap("teint8::quantize_both", lib=_library)  # type: ignore[untyped-decorator]

@@ -6,14 +6,17 @@ Ops and what their implementations are called with (always these shapes; broadca
               as ``numerics.quantize``, or ``numerics.quantize_static`` where a scale is given.
 ``int8_mm``   ``run(x_codes (B, M, K), x_scale (B, M), w_codes (B, N, K), w_scale (B, N), bias (B, N) | None, dtype) -> (B, M, N)``
               as ``numerics.int8_mm``.
-              An implementation whose ``flat`` is true takes the same without the batch dimension, too.
+              An implementation whose ``flat`` is true takes the same without the batch dimension, too; one whose ``adds`` is true
+              a ``residual`` like its result, which is added to that in the same kernel.
 ``linear``    ``run(x (M, K) float, w_codes (N, K), w_scale (N,), bias (N,) | None, dtype) -> (M, N)``
               optional: both in one, for inference, where a device has something better than one after the other.
 ``quantize_both``  ``run(x (..., M, K) float, seed int64 (B,) | None) -> codes, scale, tcodes (..., K, M), tscale (..., K)``
               as ``quantize`` of x's rows, and of its transpose's, which are rounded with seed + 1.
-``activation``  ``run(g (M, N) or (B, M, N), u | None, d | None, kind, rows, columns, values, seed (B,) | None) -> [tensors]``
+``activation``  ``run(g (M, N) or (B, M, N), u | None, d | None, kind, rows, columns, values, value_columns,
+              seed (B,) | None) -> [tensors]``
               as ``activations.value``, or ``activations.gradient`` where d is given; for each result its values (..., M, N), its row
               codes and scales, its transposed column codes and scales, of these what is asked for. The second result takes seed + 2.
+              ``value_columns``, with d: transposed column codes and scales of the value, too, last, rounded to nearest.
 ``mlp``       ``run(x (M, K) float, gate, up | None, down, biases, kind) -> (M, K')``, each weight (codes (N, K), scale (N,))
               optional: linear, activation, linear in one, for inference; n is that of the gate.
 
@@ -54,6 +57,7 @@ class Implementation:
         priority: the highest that is usable wins; below 0 it runs only when asked for by name.
         why_not: given a Problem, the reason why it cannot run that, or None. It is asked once for each Problem.
         flat: for int8_mm, whether operands may come without their batch dimension.
+        adds: for int8_mm, whether it takes a residual.
 
     """
 
@@ -64,6 +68,7 @@ class Implementation:
     priority: int
     why_not: Callable[[Problem], str | None]
     flat: bool = False
+    adds: bool = False
 
 
 _implementations: dict[str, list[Implementation]] = {op: [] for op in OPS}
@@ -80,6 +85,7 @@ def register(
     priority: int = 0,
     why_not: Callable[[Problem], str | None] = lambda problem: None,
     flat: bool = False,
+    adds: bool = False,
 ) -> Implementation:
     """Add an implementation of an op; one of the same op and name is replaced.
 
@@ -93,6 +99,7 @@ def register(
         priority: teint8's own have 0 (reference), 10 (portable) and 20 (native).
         why_not: tells why a problem cannot be run, or None.
         flat: for int8_mm, whether it takes operands without their batch dimension, too.
+        adds: for int8_mm, whether it takes a residual and adds it to the result.
 
     Raises:
         ValueError: an unknown op. TypeError: ``run`` is not callable.
@@ -109,7 +116,7 @@ def register(
         raise ValueError(f"register: op is {op!r}; it must be one of {', '.join(map(repr, OPS))}")
     if not callable(run):
         raise TypeError(f"register: run is {run!r}; a function is needed")
-    added = Implementation(op, name, run, device, priority, why_not, flat)
+    added = Implementation(op, name, run, device, priority, why_not, flat, adds)
     others = [i for i in _implementations[op] if i.name != name]
     _implementations[op] = sorted([*others, added], key=lambda i: -i.priority)
     _selected.clear()
@@ -194,13 +201,15 @@ def _best_quantize(x: torch.Tensor, seed: torch.Tensor | None, scale: torch.Tens
 def _activation(quantize: Callable[..., Any]) -> Callable[..., list[torch.Tensor]]:
     """The activation in plain torch, its results quantized by a function that quantizes rows."""
 
-    def run(g: Any, u: Any, d: Any, kind: str, rows: bool, columns: bool, values: bool, seed: Any) -> list[torch.Tensor]:
+    def run(
+        g: Any, u: Any, d: Any, kind: str, rows: bool, columns: bool, values: bool, value_columns: bool, seed: Any
+    ) -> list[torch.Tensor]:
         results = [activations.value(kind, g, u)] if d is None else [r for r in activations.gradient(kind, g, u, d) if r is not None]
         out: list[torch.Tensor] = []
         for i, x in enumerate(results):
             codes, scale, tcodes, tscale = _both(x, None if seed is None else seed + 2 * i, quantize)
             out += [x] * values + [codes, scale] * rows + [tcodes, tscale] * columns
-        return out
+        return [*out, *_both(activations.value(kind, g, u), None, quantize)[2:]] if value_columns else out
 
     return run
 
