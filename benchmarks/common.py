@@ -151,11 +151,11 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join("  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in cells)
 
 
-def save(name: str, rows: list[dict[str, Any]], folder: pathlib.Path = RESULTS) -> None:
-    """Print the table and write ``folder/name.json``."""
+def save(name: str, rows: list[dict[str, Any]], folder: pathlib.Path = RESULTS, **more: Any) -> None:
+    """Print the table and write ``folder/name.json``, with what else is given."""
     print(table(rows), flush=True)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps({**environment(), "rows": rows}, indent=1) + "\n")
+    (folder / f"{name}.json").write_text(json.dumps({**environment(), "rows": rows, **more}, indent=1) + "\n")
 
 
 def output_folder(doc: str | None) -> pathlib.Path:
