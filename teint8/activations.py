@@ -19,6 +19,7 @@ _EXP2 = (0.009582852944731712, 0.055906426161527634, 0.24024099111557007, 0.6931
 _ERFC = (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592)
 _TANH = 1.5957691216057308  # 2 * sqrt(2 / pi)
 _CUBE = 0.044715
+_FLAT = 64.0  # beyond this gelu_tanh is 0 or x in every bit: its square must not overflow to inf * 0
 
 
 def fma(a: Tensor, b: Tensor | float, c: Tensor | float) -> Tensor:
@@ -31,7 +32,7 @@ def fma(a: Tensor, b: Tensor | float, c: Tensor | float) -> Tensor:
     bits = total.view(torch.int64)
     up = (error > 0) == (total > 0)
     odd = torch.where((error != 0) & (bits % 2 == 0), torch.where(up, bits + 1, bits - 1), bits)
-    return odd.view(torch.float64).float()
+    return torch.where(total.isfinite(), odd.view(torch.float64), total).float()
 
 
 def _as_float32(x: Tensor | float) -> Tensor | float:
@@ -88,7 +89,7 @@ def _gelu(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _gelu_tanh(x: Tensor) -> tuple[Tensor, Tensor]:
-    square = x * x
+    square = x.clamp(-_FLAT, _FLAT).square()
     s = sigmoid((x * fma(square, _CUBE, 1.0)) * _TANH)
     z = x * s
     slope = fma(square, 3 * _CUBE, 1.0) * _TANH

@@ -65,7 +65,8 @@ def core(name: str, arch: int, kernel, constants: dict, overrides: dict | None =
     report(name, arch, triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"enable_fp_fusion": False, **options}))
 
 
-def gluon(name: str, tile: hopper.Tile, tma: bool, split: int = 1, two: bool = False) -> None:
+def gluon(name: str, tile: hopper.Tile, tma: bool, split: int = 1, two: bool = False, added: bool = False) -> None:
+    """``added``: with a bias and a residual."""
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource
 
@@ -76,7 +77,7 @@ def gluon(name: str, tile: hopper.Tile, tma: bool, split: int = 1, two: bool = F
     y = f"tensordesc<bf16[64, {part}],{of_values!r}>" if tma else x
     constants = dict(
         PROGRAMS=132, CONSUMERS=tile.consumers, GROUP=tile.group, STAGES=tile.stages, PART=part, BUFFERS=tile.buffers,
-        REGISTERS=tile.registers, SCALES_FIRST=tile.scales_first, BIAS=False, RESIDUAL=False, TMA_STORE=tma, SPLIT=split, TWO=two,
+        REGISTERS=tile.registers, SCALES_FIRST=tile.scales_first, BIAS=added, RESIDUAL=added, TMA_STORE=tma, SPLIT=split, TWO=two,
     )  # fmt: skip
     overrides = {"x_desc": x, "w_desc": w, "u_desc": w, "y_desc": y, "y_ptr": "*i32" if split > 1 else "*bf16"}
     kinds, attributes = signature(kernel, constants, overrides)
@@ -130,5 +131,7 @@ if __name__ == "__main__":
         if arch == 90:
             for name, tile in hopper.TILES.items():
                 gluon(f"hopper {name}", tile, tma=tile.block_n >= 64)
+            for tile, _ in hopper.RATES:
+                gluon(f"hopper {tile} with a bias and a residual", tile, tma=True, added=True)
             gluon("hopper split", hopper.SMALL, False, split=2)
             gluon("hopper two", hopper.TINY, False, two=True)

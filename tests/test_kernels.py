@@ -86,6 +86,15 @@ def test_activations_are_those_of_torch(kind, dtype, device) -> None:
     assert (got.double() - slope).abs().max() < (2e-5 if dtype == torch.float32 else 5e-3)
 
 
+@pytest.mark.parametrize("kind", activations.KINDS)
+def test_activations_of_huge_values(kind, device) -> None:
+    x = torch.tensor([[1e30, -1e30, 1e19, -1e19, 200.0, -200.0]], device=device)
+    slope = activations.gradient(kind, x, None, torch.ones_like(x))[0]
+    assert (ops.activate(kind, x) - x.relu()).abs().max() < 1e-6
+    assert (slope - (x > 0).float()).abs().max() < 1e-4
+    assert torch.equal(activations.fma(x, x, x).isinf(), x.abs() > 1.9e19)
+
+
 def test_fma_rounds_once() -> None:
     a, b, c = (torch.randn(20000) for _ in range(3))
     exact = [x.double() for x in (a, b, c)]

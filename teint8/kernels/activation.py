@@ -20,7 +20,8 @@ if INTERPRETING:
         bits = total.to(tl.int64, bitcast=True)
         up = (error > 0) == (total > 0)
         odd = tl.where((error != 0) & (bits % 2 == 0), tl.where(up, bits + 1, bits - 1), bits)
-        return odd.to(tl.float64, bitcast=True).to(tl.float32)
+        finite = tl.abs(total) < float("inf")
+        return tl.where(finite, odd.to(tl.float64, bitcast=True), total).to(tl.float32)
 
     @triton.jit
     def pack4(a, b, c, d):
@@ -114,7 +115,8 @@ def value_and_slope(x, KIND: tl.constexpr):
         z = x * cdf
         slope = fma(x, e * 0.3989422804014327, cdf)
     else:
-        square = x * x
+        square = tl.minimum(tl.maximum(x, -64.0), 64.0)
+        square = square * square
         cube = _const(x, 0.044715)
         s = sigmoid((x * fma(square, cube, _const(x, 1.0))) * 1.5957691216057308)
         z = x * s

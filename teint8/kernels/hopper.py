@@ -8,7 +8,7 @@ import triton
 from torch import Tensor
 
 from teint8.kernels.finish import finish
-from teint8.kernels.launch import Descriptor, Launch, on
+from teint8.kernels.launch import Launch, on
 from teint8.kernels.quantize_both import padded
 from teint8.numerics import MAX_INT32_K
 
@@ -176,10 +176,7 @@ def int8_mm(
     launch = _launch()
     with on(device):
         if launch.known(key):
-            x_desc, w_desc = Descriptor(x2), Descriptor(w2)
-            launch.again(
-                key, plan.grid, (x_desc, w_desc, Descriptor(uq) if two else w_desc, Descriptor(y2) if plan.tma_store else x_desc, *rest)
-            )
+            launch.again(key, plan.grid, rest, (x2, w2, uq if two else w2, y2 if plan.tma_store else x2))
         else:
             t = plan.tile
             descriptors = _descriptors(x2, w2, uq if two else w2, y2 if plan.tma_store else None, t)

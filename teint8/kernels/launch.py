@@ -3,10 +3,11 @@
 A call through the JIT costs the host 40 to 100 us, most of it to find the kernel that is compiled already. What is held here is found
 by a key that the caller makes: it must contain everything that the JIT specializes on (dtypes, integers, whether pointers and
 strides are multiples of 16, constants, options). Seen on Triton 3.6; with another version each call goes through the JIT, which is
-slower and never wrong. ``tests/test_launch.py`` compares both.
+slower and never wrong. ``tests/test_kernels.py`` runs every kernel both ways.
 """
 
 import contextlib
+import inspect
 from collections.abc import Hashable
 from typing import Any
 
@@ -28,13 +29,37 @@ def on(device: torch.device) -> Any:
 _NOTHING = contextlib.nullcontext()
 
 
-class Descriptor:
-    """What a launch reads of a TMA descriptor, and nothing else: making Triton's own takes longer than the launch."""
+class Descriptors:
+    """TMA descriptors of a launch's first arguments, made once for each address, shape and strides that a tensor had.
 
-    __slots__ = ("base", "padding", "shape", "strides")
+    Args:
+        metas: what the compiled kernel wants to know of each (swizzling, block), as Triton's own launcher reads it.
 
-    def __init__(self, x: Tensor) -> None:
-        self.base, self.shape, self.strides, self.padding = x, x.shape, x.stride(), "zero"
+    """
+
+    def __init__(self, metas: list[dict[str, Any]]) -> None:
+        self.metas, self.made = metas, {}  # type: tuple[list[dict[str, Any]], dict[Hashable, list[Any]]]
+
+    def arguments(self, tensors: tuple[Tensor, ...]) -> list[Any]:
+        """What the launcher takes for these tensors, whose last strides are 1."""
+        out: list[Any] = []
+        for i, x in enumerate(tensors):
+            address, shape, strides = x.data_ptr(), x.shape, x.stride()
+            key = (i, address, shape, strides)
+            known = self.made.get(key)
+            if known is None:
+                if len(self.made) >= _LIMIT:
+                    self.made.clear()
+                meta = self.metas[i]
+                host = _TMA_TYPES.get(meta["elem_type"], meta["elem_type"])
+                fill = triton.runtime.driver.active.utils.fill_tma_descriptor
+                made = fill(address, meta["swizzle"], meta["elem_size"], host, meta["block_size"], shape, strides, 0)
+                known = self.made[key] = [made, *shape, *strides]
+            out += known
+        return out
+
+
+_TMA_TYPES = {8: 10, 9: 8, 10: 9}  # the driver numbers these element types otherwise than the kernels do
 
 
 class Launch:
@@ -64,14 +89,23 @@ class Launch:
         if len(self.held) >= _LIMIT:
             self.held.clear()
         before = (compiled.function, launcher.launch_cooperative_grid, launcher.launch_pdl, None, None, compiled.packed_metadata)
-        self.held[key] = (launcher.launch, (*before, None, None, None), constants)
+        launch, metas = launcher.launch, getattr(compiled.metadata, "tensordesc_meta", None)
+        if metas:  # the launcher proper, inside of the one that makes descriptors anew for each launch
+            launch = inspect.getclosurevars(launch).nonlocals["launcher"]
+        self.held[key] = (launch, (*before, None, None, None), Descriptors(metas) if metas else None, constants)
 
-    def again(self, key: Hashable, grid: tuple[int, int, int], args: tuple[Any, ...]) -> None:
-        """Launch what ``first`` held under ``key``, on the current stream of the current device."""
-        launch, before, constants = self.held[key]
+    def again(self, key: Hashable, grid: tuple[int, int, int], args: tuple[Any, ...], described: tuple[Tensor, ...] = ()) -> None:
+        """Launch what ``first`` held under ``key``, on the current stream of the first argument's device.
+
+        Args:
+            described: tensors that the kernel takes by TMA descriptors, before its other arguments.
+
+        """
+        launch, before, descriptors, constants = self.held[key]
+        first = () if descriptors is None else descriptors.arguments(described)
         # an address is taken as it is, while the driver is asked about a tensor's
         addresses = [a.data_ptr() if isinstance(a, Tensor) else a for a in args]
-        launch(*grid, _current_stream(), *before, *addresses, *constants)
+        launch(*grid, _current_stream(args[0].device.index), *before, *first, *addresses, *constants)
 
     def __call__(
         self, key: Hashable, grid: tuple[int, int, int], args: tuple[Any, ...], constants: tuple[Any, ...], **options: Any
@@ -83,6 +117,11 @@ class Launch:
             self.first(key, grid, args, constants, **options)
 
 
-def _current_stream() -> int:
-    stream: int = triton.runtime.driver.active.get_current_stream(torch.cuda.current_device())
+_streams: list[Any] = []  # Triton's own question for the current stream; asked for late, since it wants a driver
+
+
+def _current_stream(device: int) -> int:
+    if not _streams:
+        _streams.append(triton.runtime.driver.active.get_current_stream)
+    stream: int = _streams[0](device)
     return stream

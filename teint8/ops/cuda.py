@@ -114,18 +114,20 @@ def _few_mlp(x: Tensor, gate: Any, up: Any, down: Any, biases: Any, kind: str) -
     return gemv.gemv(h_codes[0], h_codes[1], down[0], down[1], biases[2], x.dtype)
 
 
-def _hopper_mlp(x: Tensor, gate: Any, up: Any, down: Any, biases: Any, kind: str) -> Tensor | None:
-    """An MLP of up to 64 rows on Hopper: gate and up in one launch; None without an up, or where one of both has a bias."""
+def _hopper_mlp(x: Tensor, gate: Any, up: Any, down: Any, biases: Any, kind: str) -> Tensor:
+    """An MLP of up to 64 rows on Hopper: gate and up in one launch, unless one of both alone has a bias."""
     from teint8.kernels import hopper
     from teint8.kernels.activation_rows import activation_rows
 
-    if up is None or (biases[0] is None) != (biases[1] is None):
-        return None
-    b, ub = (None if t is None else t.detach() for t in biases[:2])
-    x_codes: Any = _quantize(x, None, None)
-    g, u = hopper.int8_mm(x_codes[0], x_codes[1], gate[0], gate[1], b, x.dtype, up=(*up, ub))
+    bg, bu, bd = (None if t is None else t.detach() for t in biases)
+    xq, xs = _quantize(x, None, None)
+    if up is not None and (bg is None) == (bu is None):
+        g, u = hopper.int8_mm(xq, xs, gate[0], gate[1], bg, x.dtype, up=(*up, bu))
+    else:
+        g = hopper.int8_mm(xq, xs, gate[0], gate[1], bg, x.dtype)
+        u = None if up is None else hopper.int8_mm(xq, xs, up[0], up[1], bu, x.dtype)
     h: Any = activation_rows(g, u, None, kind=kind, codes=True, values=False)[0]
-    return hopper.int8_mm(h.codes, h.scale, down[0], down[1], None if biases[2] is None else biases[2].detach(), x.dtype)
+    return hopper.int8_mm(h.codes, h.scale, down[0], down[1], bd, x.dtype)
 
 
 def weight_only(x: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -175,6 +177,12 @@ def _hopper_mlp_why_not(problem: Problem) -> str | None:
     return f"M is {problem.m}; it is for up to 64 rows" if problem.m > 64 else _hopper_why_not(problem)
 
 
+def _few_mlp_why_not(problem: Problem) -> str | None:
+    if problem.m > 2 and _hopper_why_not(problem) is None:
+        return f"M is {problem.m}; tensor cores are faster for more than 2 rows"
+    return _few_why_not(problem)
+
+
 def _few_why_not(problem: Problem) -> str | None:
     reason = why_not_triton()
     if reason is None and problem.m > FEW_ROWS:
@@ -210,4 +218,4 @@ def register_all() -> None:
     register("linear", "triton", _linear, device="cuda", priority=20, why_not=_why_not)
     register("linear", "triton-gemv", _few, device="cuda", priority=30, why_not=_few_why_not)
     register("mlp", "triton-hopper", _hopper_mlp, device="cuda", priority=25, why_not=_hopper_mlp_why_not)
-    register("mlp", "triton-gemv", _few_mlp, device="cuda", priority=30, why_not=_few_why_not)
+    register("mlp", "triton-gemv", _few_mlp, device="cuda", priority=30, why_not=_few_mlp_why_not)

@@ -133,8 +133,22 @@ def _activation(
     return [_aligned(t) if t.dtype == torch.int8 else t.contiguous() for t in out]
 
 
-_library.impl("quantize_both", _quantize_both, "CompositeExplicitAutograd")
-_library.impl("activation", _activation, "CompositeExplicitAutograd")
+def _at_16(t: Tensor) -> Tensor:
+    """A tensor at a multiple of 16 bytes, as compiled code expects the results of an op."""
+    return t if t.is_meta or t.data_ptr() % 16 == 0 else t.clone()
+
+
+def _quantize_both_op(x: Tensor, seed: Tensor | None, impl: str) -> Codes:
+    q, s, tq, ts = _quantize_both(x, seed, impl)
+    return _at_16(q), _at_16(s), _at_16(tq), _at_16(ts)
+
+
+def _activation_op(*args: Any) -> list[Tensor]:
+    return [_at_16(t) for t in _activation(*args)]
+
+
+_library.impl("quantize_both", _quantize_both_op, "CompositeExplicitAutograd")
+_library.impl("activation", _activation_op, "CompositeExplicitAutograd")
 
 
 def _fake_codes(x: Tensor) -> tuple[Tensor, Tensor]:
