@@ -4,6 +4,7 @@ from teint8.ops import cpu, cuda
 from teint8.ops.activate import activate
 from teint8.ops.linear import linear
 from teint8.ops.mlp import gated_mlp, merged_linear, mlp
+from teint8.ops.norm import norm, norm_linear
 from teint8.ops.raw import int8_mm, quantize
 from teint8.ops.raw_both import quantize_both
 from teint8.ops.registry import Implementation, Problem, implementations, register, select
@@ -21,6 +22,8 @@ __all__ = [
     "linear",
     "merged_linear",
     "mlp",
+    "norm",
+    "norm_linear",
     "quantize",
     "quantize_both",
     "register",

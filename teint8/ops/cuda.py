@@ -60,6 +60,12 @@ def _activation(
     return out + both[-2:] if value_columns else out
 
 
+def _norm(*args: Any) -> list[Tensor]:
+    from teint8.kernels import norm
+
+    return norm.norm(*args)
+
+
 def _int8_mm(xq: Tensor, xs: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     from teint8.kernels import int8_mm
 
@@ -148,6 +154,14 @@ def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return dequantize.dequantize(codes.reshape(-1, k), scale.reshape(-1), inner).to(dtype).view(codes.shape)
 
 
+_WIDEST_NORM = 16384
+
+
+def _norm_why_not(problem: Problem) -> str | None:
+    reason = why_not_triton() if problem.device == "cuda" else _interpreter_why_not(problem)
+    return reason or (f"K is {problem.k}; a row of up to {_WIDEST_NORM} is held in registers" if problem.k > _WIDEST_NORM else None)
+
+
 def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -215,6 +229,8 @@ def register_all() -> None:
     ):  # fmt: skip
         register(op, "triton", run, device="cuda", priority=20, why_not=_why_not)
         register(op, "triton-interpreter", run, device="cpu", priority=-1, why_not=_interpreter_why_not)
+    register("norm", "triton", _norm, device="cuda", priority=20, why_not=_norm_why_not)
+    register("norm", "triton-interpreter", _norm, device="cpu", priority=-1, why_not=_norm_why_not)
     register("linear", "triton", _linear, device="cuda", priority=20, why_not=_why_not)
     register("linear", "triton-gemv", _few, device="cuda", priority=30, why_not=_few_why_not)
     register("mlp", "triton-hopper", _hopper_mlp, device="cuda", priority=25, why_not=_hopper_mlp_why_not)

@@ -19,6 +19,8 @@ Ops and what their implementations are called with (always these shapes; broadca
               ``value_columns``, with d: transposed column codes and scales of the value, too, last, rounded to nearest.
 ``mlp``       ``run(x (M, K) float, gate, up | None, down, biases, kind) -> (M, K')``, each weight (codes (N, K), scale (N,))
               optional: linear, activation, linear in one, for inference; n is that of the gate.
+``norm``      ``run(x (M, K) float, residual (M, K) | None, weight (K,) | None, bias (K,) | None, kind, eps, codes, values) -> [tensors]``
+              as ``norms.value`` of x + residual: that sum where there is a residual, the values, the codes and scales, as asked for.
 
 No size is 0: empty problems are answered before an implementation is looked for.
 """
@@ -29,9 +31,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from teint8 import activations, numerics
+from teint8 import activations, norms, numerics
 
-OPS = ("quantize", "int8_mm", "linear", "quantize_both", "activation", "mlp")
+OPS = ("quantize", "int8_mm", "linear", "quantize_both", "activation", "mlp", "norm")
 
 
 class Problem(NamedTuple):
@@ -214,6 +216,17 @@ def _activation(quantize: Callable[..., Any]) -> Callable[..., list[torch.Tensor
     return run
 
 
+def _norm(quantize: Callable[..., Any]) -> Callable[..., list[torch.Tensor]]:
+    def run(x: Any, residual: Any, weight: Any, bias: Any, kind: str, eps: float, codes: bool, values: bool) -> list[torch.Tensor]:
+        total = x if residual is None else x + residual
+        y = norms.value(kind, total, weight, bias, eps)
+        return [total] * (residual is not None) + [y] * values + (list(quantize(y, None, None)) if codes else [])
+
+    return run
+
+
+register("norm", "reference", _norm(_reference_quantize))
+register("norm", "composed", _norm(_best_quantize), priority=5)
 register("quantize_both", "reference", _reference_both)
 register("quantize_both", "composed", _composed_both, priority=5)
 register("activation", "reference", _activation(_reference_quantize))

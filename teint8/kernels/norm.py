@@ -1,0 +1,111 @@
+"""RMSNorm and LayerNorm of a row, with the residual added before and the codes taken after, in one read."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from teint8.kernels.activation import INTERPRETING, rounded
+from teint8.kernels.launch import Launch, on
+from teint8.kernels.quantize_both import _bits, _code_bits, _scale_and_multiplier, _top
+
+@triton.jit
+def _mean(t, N):
+    """Mean of t in [-1, 1] in fixed point: the sum is of integers."""
+    total = tl.sum((t * 1073741824.0).to(tl.int32).to(tl.int64), 0)
+    count = tl.full((1,), 1.0, tl.float32) * N.to(tl.float32)
+    return tl.div_rn(tl.full((1,), 1.0, tl.float32) * total.to(tl.float32), count) * 9.313225746154785e-10
+
+
+@triton.jit
+def _top_bits(c):
+    """The bits of max |c|, (1,); NaN is above infinity."""
+    return tl.max(c.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0) + tl.zeros((1,), tl.int32)
+
+
+@triton.jit
+def _power(bits):
+    """The power of two at or below a finite number, given its bits; 1 below 2^-100, whose bits are 27 << 23."""
+    return tl.where(bits >= 0x0D800000, bits & 0x7F800000, 0x3F800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _norm_kernel(
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, sum_ptr, value_ptr, codes_ptr, scale_ptr, N, eps, stride_xm, stride_rm,
+    LAYER: tl.constexpr, RESIDUAL: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, VALUES: tl.constexpr, CODES: tl.constexpr,
+    DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    n = tl.arange(0, BLOCK)
+    inside = n < N
+    c = tl.load(x_ptr + row * stride_xm + n, mask=inside, other=0.0).to(tl.float32)
+    if RESIDUAL:
+        c = rounded(c + tl.load(residual_ptr + row * stride_rm + n, mask=inside, other=0.0).to(tl.float32), DTYPE)
+        tl.store(sum_ptr + row * N + n, c.to(sum_ptr.dtype.element_ty), mask=inside)
+    one = tl.full((1,), 1.0, tl.float32)
+    bits = _top_bits(c)
+    finite = bits < 0x7F800000
+    c = tl.where(finite, c, 0.0)
+    power = _power(tl.where(finite, bits, 0))
+    if LAYER:
+        c = tl.where(inside, c - (_mean(c * tl.div_rn(one * 0.5, power), N) * 2.0) * power, 0.0)
+        power = _power(_top_bits(c))
+    t = c * tl.div_rn(one * 0.5, power)
+    variance = ((_mean(t * t, N) * 4.0) * power) * power
+    scale = tl.div_rn(one, tl.sqrt_rn(variance + eps))
+    y = c * tl.where(finite, scale, float("nan"))
+    if WEIGHT:
+        y = y * tl.load(weight_ptr + n, mask=inside, other=0.0).to(tl.float32)
+    if BIAS:
+        y = y + tl.load(bias_ptr + n, mask=inside, other=0.0).to(tl.float32)
+    y = rounded(y, DTYPE)
+    if VALUES:
+        tl.store(value_ptr + row * N + n, y.to(value_ptr.dtype.element_ty), mask=inside)
+    if CODES:
+        # past the end y is 0 times the scale, or NaN with the row
+        scale, multiplier = _scale_and_multiplier(_bits(_top(tl.where(inside, y, 0.0), 0) + tl.zeros((1,), tl.float32), DTYPE))
+        q = tl.where(multiplier != 0, _code_bits(y, multiplier, y, False), 0)
+        tl.store(codes_ptr + row * N + n, q.to(tl.int8), mask=inside)
+        tl.store(scale_ptr + row + tl.arange(0, 1), scale)
+
+
+_launch = Launch(_norm_kernel)
+_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    kind: str,
+    eps: float,
+    codes: bool,
+    values: bool,
+) -> list[Tensor]:
+    """The norm of x (M, K) plus a residual (M, K): their sum where there is one, the values, codes and scales, as asked for."""
+    dtype, device = x.dtype, x.device
+    if dtype == torch.float64 and residual is not None:  # the sum is one of float64, the rest is of float32
+        total = x + residual
+        return [total, *norm(total, None, weight, bias, kind, eps, codes, values)]
+    x, residual = (None if t is None else t.float() if t.dtype == torch.float64 else t for t in (x, residual))
+    x, residual = (t if t is None or t.stride(1) == 1 else t.contiguous() for t in (x, residual))
+    assert x is not None
+    m, n = x.shape
+    # the interpreter's cast to bfloat16 does not round: it stores float32, whose values are rounded already
+    inner = torch.float32 if INTERPRETING else x.dtype
+    total = x if residual is None else torch.empty((m, n), dtype=inner, device=device)
+    y = torch.empty((m, n), dtype=inner, device=device) if values else x
+    q = torch.empty((m, n), dtype=torch.int8, device=device) if codes else x
+    s = torch.empty((m,), dtype=torch.float32, device=device) if codes else x
+    w, b = (x if t is None else t.contiguous() for t in (weight, bias))
+    r = x if residual is None else residual
+    key = (device.index, m, n, x.dtype, kind, codes, values, residual is None, x.stride(0), r.stride(0),
+           None if weight is None else w.dtype, None if bias is None else b.dtype,
+           (x.data_ptr() | r.data_ptr() | w.data_ptr() | b.data_ptr()) % 16)  # fmt: skip
+    block = triton.next_power_of_2(n)
+    constants = (kind == "layer", residual is not None, weight is not None, bias is not None, values, codes, _DTYPES[x.dtype], block)
+    with on(device):
+        _launch(key, (m, 1, 1), (x, r, w, b, total, y, q, s, n, float(eps), x.stride(0), r.stride(0)), constants,
+                num_warps=min(max(block // 1024, 1), 16), enable_fp_fusion=False)  # fmt: skip
+    return [total.to(dtype)] * (residual is not None) + [y.to(dtype)] * values + [q, s] * codes
