@@ -9,6 +9,7 @@ from teint8.kernels.activation import INTERPRETING, rounded
 from teint8.kernels.launch import Launch, on
 from teint8.kernels.quantize_both import _bits, _code_bits, _scale_and_multiplier, _top
 
+
 @triton.jit
 def _mean(t, N):
     """Mean of t in [-1, 1] in fixed point: the sum is of integers."""

@@ -37,11 +37,15 @@ def _norm(
     return out
 
 
-_library.impl("norm", lambda *args: [t.clone() for t in _norm(*args)] if 0 in args[0].shape else _norm(*args), "CompositeExplicitAutograd")
+_library.impl(
+    "norm", lambda *args: [t.clone() for t in _norm(*args)] if 0 in args[0].shape else _norm(*args), "CompositeExplicitAutograd"
+)
 
 
 @torch.library.register_fake("teint8::norm", lib=_library)  # type: ignore[untyped-decorator]
-def _norm_fake(x: Tensor, residual: Any, weight: Any, bias: Any, kind: Any, eps: Any, codes: bool, values: bool, impl: str) -> list[Tensor]:
+def _norm_fake(
+    x: Tensor, residual: Any, weight: Any, bias: Any, kind: Any, eps: Any, codes: bool, values: bool, impl: str
+) -> list[Tensor]:
     out = [x.new_empty(x.shape) for _ in range((residual is not None) + values)]
     return out + [x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:-1], dtype=torch.float32)] * codes
 
@@ -62,7 +66,9 @@ def _norm_vmap(info: Any, in_dims: Any, x: Tensor, residual: Any, weight: Any, b
     return [torch.stack(t) for t in zip(*made, strict=True)], [0] * len(made[0])
 
 
-def _raw(x: Tensor, residual: Tensor | None, weight: Any, bias: Any, kind: str, eps: float, codes: bool, values: bool, impl: str) -> Any:
+def _raw(
+    x: Tensor, residual: Tensor | None, weight: Any, bias: Any, kind: str, eps: float, codes: bool, values: bool, impl: str
+) -> Any:
     op = _norm if raw.direct(x, residual, weight, bias) else torch.ops.teint8.norm
     return op(x, residual, weight, bias, kind, eps, codes, values, impl)
 
@@ -125,7 +131,10 @@ class _Norm(torch.autograd.Function):
 def _native_backward(ctx: Any, g: Tensor, x: Tensor, weight: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """By torch's own fused kernels."""
     with torch.enable_grad():
-        leaves = [None if t is None or not need else t.detach().requires_grad_() for t, need in zip((x, weight), ctx.needs_input_grad, strict=False)]
+        leaves = [
+            None if t is None or not need else t.detach().requires_grad_()
+            for t, need in zip((x, weight), ctx.needs_input_grad, strict=False)
+        ]
         a, w = (t if leaf is None else leaf for leaf, t in zip(leaves, (x, weight), strict=True))
         form = torch.nn.functional.layer_norm if ctx.kind == "layer" else torch.nn.functional.rms_norm
         w = None if w is None else w.to(x.dtype)
