@@ -77,7 +77,8 @@ def gluon(name: str, tile: hopper.Tile, tma: bool, split: int = 1, two: bool = F
     y = f"tensordesc<bf16[64, {part}],{of_values!r}>" if tma else x
     constants = dict(
         PROGRAMS=132, CONSUMERS=tile.consumers, GROUP=tile.group, STAGES=tile.stages, PART=part, BUFFERS=tile.buffers,
-        REGISTERS=tile.registers, SCALES_FIRST=tile.scales_first, BIAS=added, RESIDUAL=added, TMA_STORE=tma, SPLIT=split, TWO=two,
+        REGISTERS=tile.registers, SCALES_FIRST=tile.scales_first and not added,
+        BIAS=added, RESIDUAL=added, TMA_STORE=tma, SPLIT=split, TWO=two,
     )  # fmt: skip
     overrides = {"x_desc": x, "w_desc": w, "u_desc": w, "y_desc": y, "y_ptr": "*i32" if split > 1 else "*bf16"}
     kinds, attributes = signature(kernel, constants, overrides)

@@ -38,9 +38,9 @@ def test_kernel_has_the_bits_of_the_reference(shape, dtype, kind, flags, flavour
     x = _values(shape, dtype, flavour)
     r = torch.randn(shape).to(dtype) if residual else None
     w, b = (torch.randn(shape[1]).to(dtype) if affine else None for _ in range(2))
-    run = [i.run for i in ops.implementations("norm") if i.name == TRITON][0]
+    run, reference = (next(i.run for i in ops.implementations("norm") if i.name == name) for name in (TRITON, "reference"))
     got = run(*(None if t is None else t.to(DEVICE) for t in (x, r, w, b)), kind, 1e-5, codes, values)
-    want = [i.run for i in ops.implementations("norm") if i.name == "reference"][0](x, r, w, b, kind, 1e-5, codes, values)
+    want = reference(x, r, w, b, kind, 1e-5, codes, values)
     assert len(got) == len(want) == residual + values + 2 * codes
     assert [different(g.cpu(), t) for g, t in zip(got, want, strict=True)] == [0] * len(want)
 

@@ -21,7 +21,7 @@ class Tile(NamedTuple):
         block_n: columns of a tile.
         stages: slots of the ring.
         buffers: shared buffers for the result, for each consumer.
-        scales_first: load the scales before the loop.
+        scales_first: load the scales before the loop; never with a bias, for want of registers.
         group: rows of tiles that go together.
         limit: registers a thread at the start. registers: of a consumer's thread.
 
@@ -181,7 +181,8 @@ def int8_mm(
             t = plan.tile
             descriptors = _descriptors(x2, w2, uq if two else w2, y2 if plan.tma_store else None, t)
             constants = (programs(device.index), t.consumers, t.group, t.stages, min(64, t.block_n), t.buffers, t.registers,
-                         t.scales_first, bias is not None and plan.split == 1, residual is not None, plan.tma_store, plan.split,
+                         t.scales_first and bias is None, bias is not None and plan.split == 1,
+                         residual is not None, plan.tma_store, plan.split,
                           up is not None)  # fmt: skip
             launch.first(key, plan.grid, (*descriptors, *rest), constants, num_warps=4, maxnreg=t.limit, enable_fp_fusion=False)
     if plan.split > 1:

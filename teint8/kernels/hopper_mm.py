@@ -128,7 +128,7 @@ def _consumer(
             ws0 = _column_scales(ws, first_column, N, stride_wsn, PART, OUT)
             if PARTS > 1:
                 ws1 = _column_scales(ws, first_column + PART, N, stride_wsn, PART, OUT)
-            if PARTS > 2 and not BIAS:  # a bias takes the registers of the later half
+            if PARTS > 2:
                 ws2 = _column_scales(ws, first_column + 2 * PART, N, stride_wsn, PART, OUT)
                 ws3 = _column_scales(ws, first_column + 3 * PART, N, stride_wsn, PART, OUT)
         for k in range(steps):
@@ -160,9 +160,9 @@ def _consumer(
                 scale = ws0
             elif SCALES_FIRST and j == 1:
                 scale = ws1
-            elif SCALES_FIRST and j == 2 and not BIAS:
+            elif SCALES_FIRST and j == 2:
                 scale = ws2
-            elif SCALES_FIRST and j == 3 and not BIAS:
+            elif SCALES_FIRST and j == 3:
                 scale = ws3
             else:
                 scale = _column_scales(ws, first_column + j * PART, N, stride_wsn, PART, OUT)

@@ -14,7 +14,7 @@ from teint8.kernels.quantize_both import _bits, _code_bits, _scale_and_multiplie
 def _mean(t, N):
     """Mean of t in [-1, 1] in fixed point: the sum is of integers."""
     total = tl.sum((t * 1073741824.0).to(tl.int32).to(tl.int64), 0)
-    count = tl.full((1,), 1.0, tl.float32) * N.to(tl.float32)
+    count = tl.full((1,), 1.0, tl.float32) * N  # N may be a constant
     return tl.div_rn(tl.full((1,), 1.0, tl.float32) * total.to(tl.float32), count) * 9.313225746154785e-10
 
 

@@ -366,12 +366,14 @@ def quantize_both(
             bm, bn, span, stages, warps = blocks.absmax
             even = m % span == 0 and n % bn == 0
             _absmax.first(key, (-(-n // bn), -(-m // span), batch), (g, u, d, tops, m, n, *strides),
-                          (*how, even, wide, outputs, value, bm, bn, span, stages), num_warps=warps, enable_fp_fusion=False)  # fmt: skip
+                          (*how, even, wide, outputs, value, bm, bn, span, stages),
+                          num_warps=warps, enable_fp_fusion=False)  # fmt: skip
             _scales.first((device.index, count), (-(-count // 512), 1, 1), (tops, scales, count), (512,), enable_fp_fusion=False)
             bm, bn, warps = blocks.codes
             even = m % bm == 0 and n % bn == 0
             _both.first(key, (-(-n // bn), -(-m // bm), batch), (*args, m, n, *strides, *out_strides),
-                        (*how, even, wide, outputs, value, seed is not None, bm, bn), num_warps=warps, enable_fp_fusion=False)  # fmt: skip
+                        (*how, even, wide, outputs, value, seed is not None, bm, bn),
+                        num_warps=warps, enable_fp_fusion=False)  # fmt: skip
     if sides == 1 and not lead:
         return [codes[0], scales[:m], tcodes[0], scales[m:]]
     scale, tscale = scales[:rows].view(batch, outputs, m), scales[rows:].view(batch, sides, n)

@@ -138,7 +138,7 @@ def _native_backward(ctx: Any, g: Tensor, x: Tensor, weight: Tensor | None) -> t
         a, w = (t if leaf is None else leaf for leaf, t in zip(leaves, (x, weight), strict=True))
         form = torch.nn.functional.layer_norm if ctx.kind == "layer" else torch.nn.functional.rms_norm
         w = None if w is None else w.to(x.dtype)
-        y = form(a, x.shape[-1:], w, eps=ctx.eps)
+        y = form(a, x.shape[-1:], w, eps=ctx.eps)  # type: ignore[arg-type]
         wanted = [leaf for leaf in leaves if leaf is not None]
         found = iter(torch.autograd.grad(y, wanted, g) if wanted else ())
     dx, dw = (None if leaf is None else next(found) for leaf in leaves)
@@ -192,7 +192,8 @@ def norm(
     """
     _check(x, weight, bias, None, kind)
     flat = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    return _apply(flat, weight, bias, kind, eps, keeps(), impl).reshape(x.shape)
+    y: Tensor = _apply(flat, weight, bias, kind, eps, keeps(), impl)
+    return y.reshape(x.shape)
 
 
 def norm_linear(
@@ -248,7 +249,7 @@ def norm_linear(
         ys = merged_linear(h, weights, biases, gradient=gradient, wgrad=wgrad, impl=impl)
         return ys if residual is None else (*ys, total)
     flat = [None if t is None else t.reshape(-1, t.shape[-1]) for t in (x, residual)]
-    *sums, q, s = _raw(*flat, norm_weight, norm_bias, kind, eps, True, False, impl)
+    *sums, q, s = _raw(flat[0], flat[1], norm_weight, norm_bias, kind, eps, True, False, impl)  # type: ignore[arg-type]
     out = []
     for w, b in zip(weights, biases, strict=True):
         if b is not None and b.shape != w.shape[:1]:

@@ -19,7 +19,7 @@ Ops and what their implementations are called with (always these shapes; broadca
               ``value_columns``, with d: transposed column codes and scales of the value, too, last, rounded to nearest.
 ``mlp``       ``run(x (M, K) float, gate, up | None, down, biases, kind) -> (M, K')``, each weight (codes (N, K), scale (N,))
               optional: linear, activation, linear in one, for inference; n is that of the gate.
-``norm``      ``run(x (M, K) float, residual (M, K) | None, weight (K,) | None, bias (K,) | None, kind, eps, codes, values) -> [tensors]``
+``norm``      ``run(x (M, K) float, residual | None, weight (K,) | None, bias (K,) | None, kind, eps, codes, values) -> [tensors]``
               as ``norms.value`` of x + residual: that sum where there is a residual, the values, the codes and scales, as asked for.
 
 No size is 0: empty problems are answered before an implementation is looked for.
