@@ -20,7 +20,9 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.test
 	$(RUN) benchmarks/cpu_minilm.py
-	$(RUN) -c "import torch; raise SystemExit(not torch.cuda.is_available())" && $(RUN) benchmarks/gpu_linear.py || true
+	@if $(RUN) -c "import torch; raise SystemExit(not torch.cuda.is_available())"; then \
+	  for name in gemm quantize mlp train_step block memory overhead gpt; do $(RUN) benchmarks/$$name.py || exit 1; done; \
+	else echo "no GPU: the other benchmarks need one"; fi
 
 $(VENV)/.venv:
 	$(PYTHON) -m venv $(VENV)

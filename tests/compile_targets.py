@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from teint8.kernels import activation_rows, dequantize, finish, gemv, hopper, int8_mm, quantize, quantize_both, weight_only
+from teint8.kernels import activation_rows, dequantize, finish, gemv, hopper, int8_mm, norm, quantize, quantize_both, weight_only
 
 POINTERS = {"seed_ptr": "*i64"}
 INTS = ("tops_ptr", "multipliers_ptr", "sums_ptr")
@@ -120,6 +120,10 @@ def kernels(arch: int) -> None:
         )  # fmt: skip
         x = "*i8" if gated else "*bf16"
         core(f"gemv {m} {config}", arch, gemv._gemv_kernel, constants, {"x_ptr": x}, num_warps=config[2])
+    norms = dict(
+        LAYER=True, RESIDUAL=True, WEIGHT=True, BIAS=True, VALUES=False, CODES=True, DTYPE=triton.language.bfloat16, BLOCK=16384
+    )
+    core("norm", arch, norm._norm_kernel, norms, {"eps": "fp32"}, num_warps=16)
     core("dequantize", arch, dequantize._dequantize_kernel, dict(BLOCK_M=16, BLOCK_K=512), num_warps=4)
     rows = dict(BIAS=True, EVEN_K=True, BLOCK_M=64, BLOCK_N=32, BLOCK_K=128)
     core("weight_only", arch, weight_only._weight_only_kernel, rows, num_warps=4, num_stages=5)

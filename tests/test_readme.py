@@ -16,11 +16,17 @@ def test_every_block_runs() -> None:
 
 def test_every_figure_is_the_one_that_a_benchmark_wrote() -> None:
     text = (ROOT / "README.md").read_text()
-    files = [ROOT / "benchmarks/results" / f"{name}.json" for name in ("gpu_gemm", "gpu_linear", "cpu_minilm")]
-    gemm, linear, minilm = (json.loads(file.read_text())["rows"] for file in files)
-    wanted = [f"| {r['M']}, {r['N']}, {r['K']} | {r['int8 / bf16']:.2f}x |" for r in gemm[:6]]
-    wanted += [f"{r['int8 / bf16']:.2f}x with {r['M']}" for r in gemm[6:]]
-    wanted += [f"| {r['tokens']}, {r['in']}, {r['out']} | {r['int8 / bf16']:.2f}x |" for r in linear]
+    names = ("gemm", "mlp", "decode", "train_step", "gpt", "block", "cpu_minilm")
+    files = [ROOT / "benchmarks/results" / f"{name}.json" for name in names]
+    gemm, mlp, decode, steps, gpt, block, minilm = (json.loads(file.read_text())["rows"] for file in files)
+    wanted = [f"| {r['M']}, {r['N']}, {r['K']} | {r['to bf16']:.2f}x | {r['to fp8']:.2f}x |" for r in gemm]
+    wanted += [f"| {r['work']} | {r['tokens']} | {r['module to bf16']:.2f}x |" for r in mlp]
+    wanted += [f"{r['fused to compiled']:.2f}x |" for r in mlp if r["fused to compiled"]]
+    wanted += [f"{r['to bf16']:.2f}x with {r['tokens']}" for r in decode]
+    wanted += [f"{r['hidden']} | {r['step']} | {r['to bf16 compiled']:.2f}x | {r['gradient error']:.3f} | {r['kept to bf16']:.2f} |"
+               for r in steps]  # fmt: skip
+    wanted += [f"| {r['recipe']} | {r['final to bf16']:.3f} | {r['held-out to bf16']:.3f} |" for r in gpt]
+    wanted += [f"{r['work']}, {r['way']} {r['to bf16 compiled']:.2f}x" for r in block if r["way"] in ("module", "fused")]
     for r in minilm:
         ratios = f"{r['teint8 / fp32']:.2f}x | {r['teint8 / quantize_dynamic']:.2f}x |"
         wanted.append(f"| {r['threads']} | {r['batch']} x {r['tokens']} | {ratios}")

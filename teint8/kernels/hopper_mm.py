@@ -2,7 +2,7 @@
 
 One warp brings tiles of both operands by TMA into a ring of shared memory; one to three warpgroups of 64 rows each multiply them
 (wgmma) and have an epilogue of their own, so that one stores while another multiplies. Both operands are K-major. Written
-after the measurements in docs/performance.md; ``hopper.py`` beside this launches it.
+after the measurements in README.md (Speed); ``hopper.py`` beside this launches it.
 """
 
 from triton.experimental import gluon
