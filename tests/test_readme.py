@@ -16,9 +16,9 @@ def test_every_block_runs() -> None:
 
 def test_every_figure_is_the_one_that_a_benchmark_wrote() -> None:
     text = (ROOT / "README.md").read_text()
-    names = ("gemm", "mlp", "decode", "train_step", "gpt", "block", "cpu_minilm")
+    names = ("gemm", "mlp", "decode", "train_step", "gpt", "block", "memory", "overhead", "cpu_minilm")
     files = [ROOT / "benchmarks/results" / f"{name}.json" for name in names]
-    gemm, mlp, decode, steps, gpt, block, minilm = (json.loads(file.read_text())["rows"] for file in files)
+    gemm, mlp, decode, steps, gpt, block, memory, overhead, minilm = (json.loads(file.read_text())["rows"] for file in files)
     wanted = [f"| {r['M']}, {r['N']}, {r['K']} | {r['to bf16']:.2f}x | {r['to fp8']:.2f}x |" for r in gemm]
     wanted += [f"| {r['work']} | {r['tokens']} | {r['module to bf16']:.2f}x |" for r in mlp]
     wanted += [f"{r['fused to compiled']:.2f}x |" for r in mlp if r["fused to compiled"]]
@@ -27,6 +27,12 @@ def test_every_figure_is_the_one_that_a_benchmark_wrote() -> None:
                for r in steps]  # fmt: skip
     wanted += [f"| {r['recipe']} | {r['final to bf16']:.3f} | {r['held-out to bf16']:.3f} |" for r in gpt]
     wanted += [f"{r['work']}, {r['way']} {r['to bf16 compiled']:.2f}x" for r in block if r["way"] in ("module", "fused")]
+    above = {r["call"]: r["above F.linear"] for r in overhead}
+    wanted.append(f"{above['ops.linear, packed']:.0f} us more than `F.linear`")
+    wanted.append(f"{above['F.linear in a context']:.0f} us in a context")
+    share = {r["what"]: r["to bf16"] for r in memory}
+    wanted.append(f"take {share['weights, bf16 to packed']:.2f} of bf16's bytes")
+    wanted.append(f"INT8 training step is {share['peak of a step, int8 fused']:.2f} of eager")
     for r in minilm:
         ratios = f"{r['teint8 / fp32']:.2f}x | {r['teint8 / quantize_dynamic']:.2f}x |"
         wanted.append(f"| {r['threads']} | {r['batch']} x {r['tokens']} | {ratios}")

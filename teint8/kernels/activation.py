@@ -46,7 +46,7 @@ else:
 
     @triton.jit
     def reciprocal(d):
-        """1 / d for d in [1, 2^125], rounded correctly: the hardware's guess and one step (tests/test_activations.py tries every d)."""
+        """1 / d for d in [1, 2^125], rounded correctly: the hardware's guess and one step (tests/test_kernels.py tries every d)."""
         return tl.inline_asm_elementwise(
             "{ .reg .f32 r, h, n; rcp.approx.ftz.f32 r, $1; neg.f32 n, $1; fma.rn.f32 h, n, r, 0f3F800000; fma.rn.f32 $0, r, h, r; }",
             "=f,f", [d], dtype=tl.float32, is_pure=True, pack=1,

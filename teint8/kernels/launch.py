@@ -3,7 +3,7 @@
 A call through the JIT costs the host 40 to 100 us, most of it to find the kernel that is compiled already. What is held here is found
 by a key that the caller makes: it must contain everything that the JIT specializes on (dtypes, integers, whether pointers and
 strides are multiples of 16, constants, options). Seen on Triton 3.6; with another version each call goes through the JIT, which is
-slower and never wrong. ``tests/test_kernels.py`` runs every kernel both ways.
+slower and never wrong. ``tests/test_kernels.py`` runs the Hopper tiles both ways.
 """
 
 import contextlib

@@ -71,7 +71,7 @@ def _activate(g: Tensor, u: Tensor | None, kind: str, keep: bool, impl: str) -> 
 def activate(kind: str, g: Tensor, u: Tensor | None = None, *, impl: str = "") -> Tensor:
     """``act(g)`` or, gated, ``act(g) * u``, in float32 and rounded once to the dtype of g.
 
-    The value that the fused MLPs quantize, in every bit; within 5e-6 of torch's own (``tests/test_activations.py``).
+    The value that the fused MLPs quantize, in every bit; within 5e-6 of torch's own (``tests/test_kernels.py``).
 
     Args:
         kind: "silu", "gelu" (erf) or "gelu_tanh".

@@ -97,7 +97,8 @@ def int8_mm_add(
         residual: (..., N), in ``dtype``. The rest as for ``int8_mm``, without a bias.
 
     """
-    if w_codes.ndim == x_codes.ndim == 2 and 0 not in (*x_codes.shape, w_codes.shape[0]) and direct(x_codes, w_codes, residual):
+    flat = w_codes.ndim == x_codes.ndim == 2 and 0 not in (*x_codes.shape, w_codes.shape[0])
+    if flat and dtype != torch.float64 and direct(x_codes, w_codes, residual):  # a kernel's own sum is one of float32
         problem = Problem(x_codes.device.type, dtype, 1, x_codes.shape[0], w_codes.shape[0], x_codes.shape[1])
         implementation = registry.select("int8_mm", problem, impl)
         if implementation.adds and implementation.flat:

@@ -164,16 +164,7 @@ def _quantize_both_fake(x: Tensor, seed: Tensor | None, impl: str) -> Codes:
 
 @torch.library.register_fake("teint8::activation", lib=_library)  # type: ignore[untyped-decorator]
 def _activation_fake(
-    g: Tensor,
-    u: Tensor | None,
-    d: Tensor | None,
-    seed: Tensor | None,
-    kind: str,
-    rows: bool,
-    columns: bool,
-    values: bool,
-    value_columns: bool,
-    impl: str,
+    g: Tensor, u: Any, d: Any, seed: Any, kind: str, rows: bool, columns: bool, values: bool, value_columns: bool, impl: str
 ) -> list[Tensor]:
     out: list[Tensor] = []
     for _ in range(2 if u is not None and d is not None else 1):
