@@ -51,16 +51,18 @@ def multiplier_of(absmax: Tensor) -> Tensor:
 
 
 def codes_of(x: Tensor, multiplier: Tensor, noise: Tensor | None = None) -> Tensor:
-    """``clamp(rint(x * multiplier))`` in int8, ties to even; with noise in [0, 1): ``clamp(floor(x * multiplier + noise))``.
+    """``clamp(rint(x * multiplier))`` in int8, ties to even; with noise ``floor(x * (multiplier * (1 - 2^-22)) + noise) - 1``.
 
     Args:
         x: values (..., K), any float dtype.
         multiplier: float32 (...), one for each group; 0 marks a group whose codes are 0 by definition.
-        noise: float32 (..., K) or None.
+        noise: float32 (..., K) in [1, 2), or None.
 
     """
-    scaled = x.float() * multiplier.unsqueeze(-1)
-    rounded = scaled.round() if noise is None else (scaled + noise).floor()
+    if noise is None:
+        rounded = (x.float() * multiplier.unsqueeze(-1)).round()
+    else:  # the factor keeps absmax itself, whose product may be rounded up, away from the code above 127
+        rounded = (x.float() * (multiplier * (1 - 2.0**-22)).unsqueeze(-1) + noise).floor() - 1
     # NaN * 0 is NaN, and a NaN has no int8 value: groups with multiplier 0 are set, not computed
     return torch.where(multiplier.unsqueeze(-1) == 0, 0.0, rounded).clamp(-QMAX, QMAX).to(torch.int8)
 
@@ -83,8 +85,7 @@ def quantize(x: Tensor, seed: Tensor | None = None) -> tuple[Tensor, Tensor]:
 
     """
     a = absmax(x)
-    noise = None if seed is None else uniform(x.shape[0], x.shape[1], seed)
-    return codes_of(x, multiplier_of(a), noise), scale_of(a)
+    return codes_of(x, multiplier_of(a), None if seed is None else noise(x.shape[0], x.shape[1], seed)), scale_of(a)
 
 
 def quantize_static(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,15 +145,31 @@ def mix32(h: Tensor) -> Tensor:
     return h ^ (h >> 16)
 
 
-def uniform(rows: int, columns: int, seed: Tensor) -> Tensor:
-    """Counter-based noise in [0, 1) on a grid of 2^-24, float32 (rows, columns).
+def noise(rows: int, columns: int, seed: Tensor) -> Tensor:
+    """Counter-based noise for stochastic rounding, uniform in [1, 2) on a grid of 2^-23, float32 (rows, columns).
 
     An element depends on its seed, its row within the rows of that seed and its column alone, so that noise does not
-    change with tiling and replays when a forward is run again.
+    change with tiling and replays when a forward is run again. Rows and columns have odd keys, whose product modulo 2^32 makes
+    the element (multiplicative hashing: Dietzfelbinger et al., 1997). ``seed ^ 1`` gives the transpose, so that a tensor that is
+    quantized by row and by column takes one noise for both. ``tests/test_contract.py`` holds the correlations down.
+
+    Args:
+        rows, columns: the shape. seed: int64 (S,), with rows a multiple of S.
+
+    Example:
+        >>> seed = torch.tensor([5])
+        >>> bool((noise(3, 4, seed) == noise(4, 3, seed ^ 1).mT).all())
+        True
+
     """
     groups = max(seed.numel(), 1)
-    row = torch.arange(max(rows // groups, 1), device=seed.device)
-    low, high = seed.reshape(-1, 1) & _MASK, (seed.reshape(-1, 1) >> 32) & _MASK
-    key = mix32(mix32(mix32(low) ^ high) ^ row).reshape(-1, 1)[:rows]
-    column = (torch.arange(columns, device=seed.device) * 0x9E3779B9) & _MASK
-    return (mix32((key + column) & _MASK) >> 8).float() * 2.0**-24
+    of_rows = _key(seed.reshape(-1, 1), torch.arange(max(rows // groups, 1), device=seed.device))
+    of_columns = _key(seed.reshape(-1, 1) ^ 1, torch.arange(columns, device=seed.device))
+    h = (of_rows.unsqueeze(-1) * of_columns.unsqueeze(-2)) & _MASK
+    return (1.0 + (h >> 9).float() * 2.0**-23).reshape(-1, columns)[:rows]
+
+
+def _key(seed: Tensor, index: Tensor) -> Tensor:
+    base = mix32(mix32(seed & _MASK) ^ ((seed >> 32) & _MASK))
+    h = ((base + index) * 0x9E3779B1) & _MASK
+    return (h ^ (h >> 15)) | 1

@@ -90,17 +90,32 @@ def test_rows_do_not_depend_on_the_batch(dtype: torch.dtype, device: str) -> Non
 
 
 def test_stochastic_rounding_is_unbiased_and_uniform() -> None:
-    u = numerics.uniform(512, 512, torch.tensor(3))
+    u = numerics.noise(512, 512, torch.tensor(3)) - 1
     assert u.min() >= 0 and u.max() < 1
     assert abs(u.mean() - 0.5) < 0.003 and abs(u.var() - 1 / 12) < 0.002
     # neither neighbours nor seeds are correlated
-    other = numerics.uniform(512, 512, torch.tensor(4))
+    other = numerics.noise(512, 512, torch.tensor(4)) - 1
     for a, b in ((u[1:], u[:-1]), (u[:, 1:], u[:, :-1]), (u, other)):
         assert abs(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]) < 0.01
+    # nor any two rows or columns by much, and all pairs together no more than by chance
+    wide = numerics.noise(1024, 4096, torch.tensor(5)) - 1.5
+    for z in (wide, wide[:, :1024].mT):
+        z = z * 12**0.5
+        squares = (z @ z.mT / z.shape[1]).fill_diagonal_(0).square()
+        assert squares.max() < 0.4**2 and squares.mean() * z.shape[1] < 1.02
     x = torch.tensor([[127.0, 0.25, 10.5, -3.75]]).expand(4000, 4)
     mean = ops.quantize(x, seed=torch.tensor(1))[0].float().mean(0)
     assert torch.allclose(mean, x[0], atol=0.03)
     assert (ops.quantize(x, seed=torch.tensor(1))[0] == ops.quantize(x, seed=torch.tensor(1))[0]).all()
+
+
+def test_stochastic_rounding_keeps_absmax_at_127() -> None:
+    # x * (127 / x) may be rounded above 127, where the noise must not reach the next code
+    x = torch.rand(200_000, 1) + 0.5
+    assert (x * numerics.multiplier_of(numerics.absmax(x)).unsqueeze(-1) > 127).any()
+    for impl in ("reference", ""):
+        codes = ops.quantize(torch.cat([x, -x], 1), seed=torch.tensor(9), impl=impl)[0].float()
+        assert codes[:, 0].min() >= 126 and codes[:, 0].max() == 127 and codes[:, 1].max() <= -126 and codes[:, 1].min() == -127
 
 
 def test_error_bound_of_one_product() -> None:

@@ -9,19 +9,24 @@ from torch import Tensor
 
 from teint8.kernels.activation import INTERPRETING, rounded
 from teint8.kernels.launch import Launch, on
-from teint8.kernels.quantize_both import _bits, _code_bits, _key, _larger, _noise, _scale_and_multiplier, _source, _top, alike, dense
+from teint8.kernels.quantize import code_bits, mixed_seed, noise_key, noise_of, shrunk
+from teint8.kernels.quantize_both import _bits, _larger, _scale_and_multiplier, _source, _top, alike, dense
 
 _MAX_BLOCK = 16384  # a longer row is read twice, in blocks
 
 
 @triton.jit
-def _finish(x, top, n, inside, codes_ptr, value_ptr, key, CODES: tl.constexpr, VALUES: tl.constexpr, STOCHASTIC: tl.constexpr):
+def _finish(
+    x, top, n, inside, codes_ptr, value_ptr, row, seed,
+    DTYPE: tl.constexpr, CODES: tl.constexpr, VALUES: tl.constexpr, STOCHASTIC: tl.constexpr,
+):  # fmt: skip
+    x = rounded(x, DTYPE)
     if VALUES:
-        tl.store(value_ptr + n, x.to(value_ptr.dtype.element_ty), mask=inside)  # rounded already
+        tl.store(value_ptr + n, x.to(value_ptr.dtype.element_ty), mask=inside)
     if CODES:
-        scale, multiplier = _scale_and_multiplier(top)
-        noise = _noise(key, n) if STOCHASTIC else x
-        q = _code_bits(x, multiplier, noise, STOCHASTIC)
+        multiplier = shrunk(_scale_and_multiplier(_bits(top, DTYPE))[1], STOCHASTIC)
+        noise = noise_of(noise_key(mixed_seed(seed), row), noise_key(mixed_seed(seed ^ 1), n)) if STOCHASTIC else x
+        q = code_bits(x, multiplier, noise, STOCHASTIC)
         tl.store(codes_ptr + n, tl.where(multiplier != 0, q, 0).to(tl.int8), mask=inside)
 
 
@@ -43,29 +48,14 @@ def _activation_rows_kernel(
     top1 = tl.zeros((1,), tl.float32)
     dtype = g_ptr.dtype.element_ty
     seed = tl.load(seed_ptr + batch) if STOCHASTIC else 0
-    key0 = _key(seed, row) if STOCHASTIC else row
-    key1 = _key(seed + 2, row) if STOCHASTIC else row
     if ONE_BLOCK:
         first, second, _ = _source(g_ptr, u_ptr, d_ptr, n, n, n < N, KIND, GATED, BACKWARD, False)
         if CODES:
             top0 = _larger(top0, _top(first, 0))
             top1 = _larger(top1, _top(second, 0))
-        _finish(
-            rounded(first, dtype), _bits(top0, dtype), n, n < N, codes0_ptr + out, value0_ptr + out, key0, CODES, VALUES, STOCHASTIC
-        )
+        _finish(first, top0, n, n < N, codes0_ptr + out, value0_ptr + out, row, seed, dtype, CODES, VALUES, STOCHASTIC)
         if OUTPUTS == 2:
-            _finish(
-                rounded(second, dtype),
-                _bits(top1, dtype),
-                n,
-                n < N,
-                codes1_ptr + out,
-                value1_ptr + out,
-                key1,
-                CODES,
-                VALUES,
-                STOCHASTIC,
-            )
+            _finish(second, top1, n, n < N, codes1_ptr + out, value1_ptr + out, row, seed + 2, dtype, CODES, VALUES, STOCHASTIC)
     else:
         if CODES:
             for k in range(0, N, BLOCK):
@@ -75,31 +65,9 @@ def _activation_rows_kernel(
         for k in range(0, N, BLOCK):
             at = k + n
             first, second, _ = _source(g_ptr, u_ptr, d_ptr, at, at, at < N, KIND, GATED, BACKWARD, False)
-            _finish(
-                rounded(first, dtype),
-                _bits(top0, dtype),
-                at,
-                at < N,
-                codes0_ptr + out,
-                value0_ptr + out,
-                key0,
-                CODES,
-                VALUES,
-                STOCHASTIC,
-            )
+            _finish(first, top0, at, at < N, codes0_ptr + out, value0_ptr + out, row, seed, dtype, CODES, VALUES, STOCHASTIC)
             if OUTPUTS == 2:
-                _finish(
-                    rounded(second, dtype),
-                    _bits(top1, dtype),
-                    at,
-                    at < N,
-                    codes1_ptr + out,
-                    value1_ptr + out,
-                    key1,
-                    CODES,
-                    VALUES,
-                    STOCHASTIC,
-                )
+                _finish(second, top1, at, at < N, codes1_ptr + out, value1_ptr + out, row, seed + 2, dtype, CODES, VALUES, STOCHASTIC)
     if CODES:
         one = tl.arange(0, 1)
         tl.store(scale0_ptr + batch * M + row + one, _scale_and_multiplier(_bits(top0, dtype))[0])

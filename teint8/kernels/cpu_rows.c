@@ -32,6 +32,18 @@ static inline uint32_t mix32(uint32_t h)
     return h ^ (h >> 16);
 }
 
+static inline uint32_t mixed_seed(int64_t seed)
+{
+    return mix32(mix32((uint32_t)seed) ^ (uint32_t)((uint64_t)seed >> 32));
+}
+
+/* Odd keys of rows, or of columns with the seed ^ 1; their product is the noise (numerics.noise). */
+static inline uint32_t noise_key(uint32_t mixed, uint32_t index)
+{
+    uint32_t h = (mixed + index) * 0x9e3779b1u;
+    return (h ^ (h >> 15)) | 1u;
+}
+
 static inline float clamp(float v) { return v < -127.f ? -127.f : v > 127.f ? 127.f : v; }
 
 #define QUANTIZE(T)                                                                                                                 \
@@ -50,16 +62,16 @@ static inline float clamp(float v) { return v < -127.f ? -127.f : v > 127.f ? 12
         else if (absmax >= 0x1p-100f) { scale = absmax / 127.f; multiplier = 127.f / absmax; }                                      \
         memset(out + k, 0, ldq - k);                                                                                                \
         if (multiplier == 0.f) memset(out, 0, k);                                                                                   \
-        else if (seed) {                                                                                                            \
-            uint64_t s = (uint64_t)*seed;                                                                                           \
-            uint32_t key = mix32(mix32(mix32((uint32_t)s) ^ (uint32_t)(s >> 32)) ^ index);                                          \
-            for (int64_t j = 0; j < k; j++) {                                                                                       \
-                float noise = (float)(int32_t)(mix32(key + (uint32_t)j * 0x9e3779b9u) >> 8) * 0x1p-24f;                             \
-                out[j] = (int8_t)(int32_t)clamp(floorf(load_##T(row[j]) * multiplier + noise));                                     \
-            }                                                                                                                       \
-        } else if (given)                                                                                                           \
+        else if (given)                                                                                                             \
             for (int64_t j = 0; j < k; j++) out[j] = (int8_t)bits_of(clamp(load_##T(row[j]) * multiplier) + 12582912.f);            \
-        else /* |x * 127 / absmax| rounds to 127 at most: no clamp */                                                               \
+        else if (seed) {                                                                                                            \
+            uint32_t key = noise_key(mixed_seed(*seed), index), columns = mixed_seed(*seed ^ 1);                                    \
+            multiplier *= 1.f - 0x1p-22f;                                                                                           \
+            for (int64_t j = 0; j < k; j++) {                                                                                       \
+                float noise = float_of(0x3f800000u | (key * noise_key(columns, (uint32_t)j)) >> 9);                                 \
+                out[j] = (int8_t)((int32_t)floorf(load_##T(row[j]) * multiplier + noise) - 1);                                      \
+            }                                                                                                                       \
+        } else /* |x * 127 / absmax| rounds to 127 at most: no clamp */                                                               \
             for (int64_t j = 0; j < k; j++) out[j] = (int8_t)bits_of(load_##T(row[j]) * multiplier + 12582912.f);                   \
         return scale;                                                                                                               \
     }                                                                                                                               \

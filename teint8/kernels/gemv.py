@@ -12,7 +12,8 @@ from torch import Tensor
 
 from teint8.kernels.activation import INTERPRETING, rounded, value_and_slope
 from teint8.kernels.launch import Launch, on
-from teint8.kernels.quantize_both import _bits, _code_bits, _larger, _scale_and_multiplier, _top
+from teint8.kernels.quantize import code_bits
+from teint8.kernels.quantize_both import _bits, _larger, _scale_and_multiplier, _top
 
 MAX_ROWS = 4
 
@@ -54,7 +55,7 @@ def _words(x_ptr, m, k, ks, inside, stride_xm, multiplier, QUANTIZE: tl.constexp
         return tl.load(x_words + m * (stride_xm // 4) + k + ks, mask=inside, other=0)[None, :]
     j = tl.arange(0, 4)[None, :]
     x = tl.load(x_ptr + m * stride_xm + (k + ks)[:, None] * 4 + j, mask=inside[:, None], other=0.0).to(tl.float32)
-    code = tl.where(multiplier != 0, _code_bits(x, multiplier, x, False) & 255, 0)
+    code = tl.where(multiplier != 0, code_bits(x, multiplier, x, False) & 255, 0)
     return tl.sum(code << (8 * j), 1)[None, :]
 
 
@@ -157,7 +158,7 @@ def _known_kernel(x_ptr, tops_ptr, codes_ptr, scale_ptr, N, BLOCK: tl.constexpr)
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     scale, multiplier = _scale_and_multiplier(tl.load(tops_ptr + m + tl.arange(0, 1)))
     x = tl.load(x_ptr + m * N + n, mask=n < N, other=0.0).to(tl.float32)
-    q = tl.where(multiplier != 0, _code_bits(x, multiplier, x, False), 0)
+    q = tl.where(multiplier != 0, code_bits(x, multiplier, x, False), 0)
     tl.store(codes_ptr + m * N + n, q.to(tl.int8), mask=n < N)
     if tl.program_id(0) == 0:
         tl.store(scale_ptr + m + tl.arange(0, 1), scale)

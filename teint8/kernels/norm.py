@@ -7,7 +7,8 @@ from torch import Tensor
 
 from teint8.kernels.activation import INTERPRETING, rounded
 from teint8.kernels.launch import Launch, on
-from teint8.kernels.quantize_both import _bits, _code_bits, _scale_and_multiplier, _top
+from teint8.kernels.quantize import code_bits
+from teint8.kernels.quantize_both import _bits, _scale_and_multiplier, _top
 
 
 @triton.jit
@@ -65,7 +66,7 @@ def _norm_kernel(
     if CODES:
         # past the end y is 0 times the scale, or NaN with the row
         scale, multiplier = _scale_and_multiplier(_bits(_top(tl.where(inside, y, 0.0), 0) + tl.zeros((1,), tl.float32), DTYPE))
-        q = tl.where(multiplier != 0, _code_bits(y, multiplier, y, False), 0)
+        q = tl.where(multiplier != 0, code_bits(y, multiplier, y, False), 0)
         tl.store(codes_ptr + row * N + n, q.to(tl.int8), mask=inside)
         tl.store(scale_ptr + row + tl.arange(0, 1), scale)
 

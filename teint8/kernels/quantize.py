@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from teint8.kernels.activation import INTERPRETING
 from teint8.kernels.launch import Launch, on
 
 _MAX_BLOCK = 16384  # a longer row is read twice, in blocks
@@ -18,14 +19,66 @@ def _mix32(h):
 
 
 @triton.jit
-def _codes(x, usable, multiplier, key, columns, STOCHASTIC: tl.constexpr):
-    v = tl.where(usable, x, 0.0) * multiplier
+def mixed_seed(seed):
+    """What keys are made from, of an int64 seed: once a program."""
+    low = (seed & 0xFFFFFFFF).to(tl.uint32)
+    high = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    return _mix32(_mix32(low) ^ high)
+
+
+@triton.jit
+def noise_key(mixed, index):
+    """Odd keys of rows, or of columns with ``mixed_seed(seed ^ 1)``."""
+    h = (mixed + index.to(tl.uint32)) * 0x9E3779B1
+    return (h ^ (h >> 15)) | 1
+
+
+@triton.jit
+def noise_of(row_key, column_key):
+    """``numerics.noise`` of elements from the keys of their rows and columns."""
+    return (((row_key * column_key) >> 9) | 0x3F800000).to(tl.float32, bitcast=True)
+
+
+if INTERPRETING:
+
+    @triton.jit
+    def _floor_bits(v):
+        return (tl.floor(v) + 12582911.0).to(tl.int32, bitcast=True)
+
+else:
+
+    @triton.jit
+    def _floor_bits(v):
+        """int32 whose low byte is floor(v) - 1: an addition that rounds down."""
+        return tl.inline_asm_elementwise("add.rm.f32 $0, $1, 0f4B3FFFFF;", "=r,r", [v], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def code_bits(x, multiplier, noise, STOCHASTIC: tl.constexpr):
+    """int32 whose low byte is the code; where the multiplier is 0 it is garbage if x is no number.
+
+    No clamp is needed: without noise |v| <= 127 (1 + 2^-22), and with it the multiplier is ``shrunk``. Launched without FMA
+    contraction, which would round once.
+    """
+    v = x * multiplier
     if STOCHASTIC:
-        noise = (_mix32(key + columns.to(tl.uint32) * 0x9E3779B9) >> 8).to(tl.float32) * 5.9604644775390625e-08
-        v = tl.floor(v + noise)
-    v = tl.minimum(tl.maximum(v, -127.0), 127.0)
-    # the low byte of v + 1.5 * 2^23 is rint(v), ties to even; launched without FMA contraction, which would round once
-    codes = (v + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
+        return _floor_bits(v + noise)
+    return (v + 12582912.0).to(tl.int32, bitcast=True)  # the low byte of v + 1.5 * 2^23 is rint(v), ties to even
+
+
+@triton.jit
+def shrunk(multiplier, STOCHASTIC: tl.constexpr):
+    """What stochastic rounding multiplies with, so that absmax does not reach the code above 127."""
+    return multiplier * 0.9999997615814209 if STOCHASTIC else multiplier
+
+
+@triton.jit
+def _codes(x, multiplier, row_key, mixed, columns, STOCHASTIC: tl.constexpr, STATIC: tl.constexpr):
+    if STATIC:  # what lies beyond the given scale is clipped
+        codes = code_bits(tl.minimum(tl.maximum(x * multiplier, -127.0), 127.0), 1.0, x, False)
+    else:
+        noise = noise_of(row_key, noise_key(mixed, columns)) if STOCHASTIC else x
+        codes = code_bits(x, multiplier, noise, STOCHASTIC)
     return tl.where(multiplier != 0, codes, 0).to(tl.int8)
 
 
@@ -63,23 +116,22 @@ def _quantize_kernel(
         quotient = tl.div_rn(tl.full((BLOCK_M,), 127.0, tl.float32), divisor)
         ratio = tl.div_rn(divisor, tl.full((BLOCK_M,), 127.0, tl.float32))
         scale = tl.where(usable, ratio, tl.where(finite, 0.0, float("nan")))
-    multiplier = tl.where(usable, quotient, 0.0)[:, None]
+    multiplier = shrunk(tl.where(usable, quotient, 0.0), STOCHASTIC)[:, None]
     tl.store(scale_ptr + rows, scale, mask=in_m)
     key = tl.zeros((BLOCK_M, 1), tl.uint32)
+    mixed = key
     if STOCHASTIC:
         seed = tl.load(seed_ptr + rows // rows_per_seed, mask=in_m, other=0)
-        low = (seed & 0xFFFFFFFF).to(tl.uint32)
-        high = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
-        key = _mix32(_mix32(_mix32(low) ^ high) ^ (rows % rows_per_seed).to(tl.uint32))[:, None]
-    usable = usable[:, None]
+        key = noise_key(mixed_seed(seed), rows % rows_per_seed)[:, None]
+        mixed = mixed_seed(seed ^ 1)[:, None]
     if ONE_BLOCK:
-        q = _codes(x, usable, multiplier, key, columns, STOCHASTIC)
+        q = _codes(x, multiplier, key, mixed, columns, STOCHASTIC, STATIC)
         tl.store(codes_ptrs, q, mask=in_m[:, None] & (columns < K))
     else:
         for k in range(0, K, BLOCK_K):
             inside = in_m[:, None] & (k + columns < K)
             x = tl.load(x_ptrs + k, mask=inside, other=0.0).to(tl.float32)
-            tl.store(codes_ptrs + k, _codes(x, usable, multiplier, key, k + columns, STOCHASTIC), mask=inside)
+            tl.store(codes_ptrs + k, _codes(x, multiplier, key, mixed, k + columns, STOCHASTIC, STATIC), mask=inside)
 
 
 _launch = Launch(_quantize_kernel)
@@ -87,6 +139,7 @@ _launch = Launch(_quantize_kernel)
 
 def quantize(x: Tensor, seed: Tensor | None, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     """Codes (M, K) and scales (M,) of x (M, K); seed (S,) and scale (M,) as in ``teint8.ops.registry``."""
+    seed = seed if scale is None else None
     m, k = x.shape
     device = x.device
     if x.dtype == torch.float64:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from teint8.kernels.activation import INTERPRETING, pack4, rounded, value_and_slope
 from teint8.kernels.launch import Launch, on
-from teint8.kernels.quantize import _mix32
+from teint8.kernels.quantize import code_bits, mixed_seed, noise_key, noise_of, shrunk
 
 
 @triton.jit
@@ -121,44 +121,40 @@ def _scale_and_multiplier(top):
 
 
 @triton.jit
-def _scales_kernel(tops_ptr, scale_ptr, COUNT, BLOCK: tl.constexpr):
-    """Scales from the bits of absmax, whose place the multipliers take: once a group instead of once a tile."""
+def _scales_kernel(
+    tops_ptr, scale_ptr, keys_ptr, seed_ptr, COUNT, ROWS, M, N,
+    OUTPUTS: tl.constexpr, SIDES: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Scales from the bits of absmax, whose place the multipliers take, and keys of noise: once a group instead of once a tile.
+
+    Groups are rows (B, OUTPUTS, M), then columns (B, SIDES, N); the side beyond OUTPUTS is rounded to nearest.
+    """
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     scale, multiplier = _scale_and_multiplier(tl.load(tops_ptr + i, mask=i < COUNT, other=0))
     tl.store(scale_ptr + i, scale, mask=i < COUNT)
+    if STOCHASTIC:
+        column = i >= ROWS
+        group = tl.where(column, i - ROWS, i)
+        length = tl.where(column, N, M)
+        sides = tl.where(column, SIDES, OUTPUTS)
+        side = group // length % sides
+        seed = tl.load(seed_ptr + group // (length * sides), mask=i < COUNT, other=0) + 2 * side
+        tl.store(keys_ptr + i, noise_key(mixed_seed(tl.where(column, seed ^ 1, seed)), group % length), mask=i < COUNT)
+        multiplier = tl.where(side < OUTPUTS, shrunk(multiplier, True), multiplier)
     tl.store(tops_ptr + i, multiplier.to(tl.int32, bitcast=True), mask=i < COUNT)
 
 
 @triton.jit
-def _noise(key, counter):
-    return (_mix32(key + counter.to(tl.uint32) * 0x9E3779B9) >> 8).to(tl.float32) * 5.9604644775390625e-08
-
-
-@triton.jit
-def _key(seed, row):
-    low = (seed & 0xFFFFFFFF).to(tl.uint32)
-    high = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    return _mix32(_mix32(_mix32(low) ^ high) ^ row.to(tl.uint32))
-
-
-@triton.jit
-def _code_bits(x, multiplier, noise, STOCHASTIC: tl.constexpr):
-    """int32 whose low byte is the code; where the multiplier is 0 it is garbage if x is no number."""
-    v = x * multiplier
-    if STOCHASTIC:
-        v = tl.minimum(tl.maximum(tl.floor(v + noise), -127.0), 127.0)
-    # |v| <= 127 (1 + 2^-22): to nearest no clamp is needed. Launched without FMA contraction, which would round once
-    return (v + 12582912.0).to(tl.int32, bitcast=True)
-
-
-@triton.jit
 def _store_both(
-    x0, x1, x2, x3, m4, n, in_n, M, codes_ptr, tcodes_ptr, rows_ptr, columns_ptr, stride_cm, stride_tn, seed,
+    x0, x1, x2, x3, m4, n, in_n, M, codes_ptr, tcodes_ptr, rows_ptr, columns_ptr, keys, stride_cm, stride_tn,
     EVEN: tl.constexpr, WIDE: tl.constexpr, STOCHASTIC: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Row codes (with ROWS) of four interleaved sets of rows, and their transposed column codes packed into words."""
+    """Row codes (with ROWS) of four interleaved sets of rows, and their transposed column codes packed into words.
+
+    ``rows_ptr`` and ``columns_ptr`` are multipliers, and the keys of their noise lie ``keys`` behind them.
+    """
     c = tl.load(columns_ptr + n, mask=in_n, other=0).to(tl.float32, bitcast=True)[None, :]
-    column_key = _key(seed + 1, n)[None, :] if STOCHASTIC else n[None, :]
+    column_key = tl.load(columns_ptr + keys + n, mask=in_n, other=0).to(tl.uint32, bitcast=True)[None, :] if STOCHASTIC else c
     b0 = x0.to(tl.int32, bitcast=True)
     b1 = b0
     b2 = b0
@@ -167,11 +163,15 @@ def _store_both(
         x = x0 if j == 0 else x1 if j == 1 else x2 if j == 2 else x3
         m = m4 * 4 + j
         in_m = m < M
-        b = _code_bits(x, c, _noise(column_key, m[:, None]), True) if STOCHASTIC else _code_bits(x, c, x, False)
+        if STOCHASTIC:  # one noise for both orientations
+            row_key = tl.load(rows_ptr + keys + m, mask=in_m, other=0).to(tl.uint32, bitcast=True)[:, None]
+            noise = noise_of(row_key, column_key)
+        else:
+            noise = x
+        b = code_bits(x, c, noise, STOCHASTIC)
         if ROWS:
             r = tl.load(rows_ptr + m, mask=in_m, other=0).to(tl.float32, bitcast=True)[:, None]
-            noise = _noise(_key(seed, m)[:, None], n[None, :]) if STOCHASTIC else x
-            q = tl.where(r != 0, _code_bits(x, r, noise, STOCHASTIC), 0).to(tl.int8)
+            q = tl.where(r != 0, code_bits(x, r, noise, STOCHASTIC), 0).to(tl.int8)
             at = (m.to(tl.int64) if WIDE else m)[:, None] * stride_cm + n[None, :]
             if EVEN:
                 tl.store(codes_ptr + at, q)
@@ -197,7 +197,7 @@ def _store_both(
 
 @triton.jit
 def _both_kernel(
-    g_ptr, u_ptr, d_ptr, multipliers_ptr, codes0_ptr, tcodes0_ptr, codes1_ptr, tcodes1_ptr, tcodes2_ptr, seed_ptr, M, N,
+    g_ptr, u_ptr, d_ptr, multipliers_ptr, codes0_ptr, tcodes0_ptr, codes1_ptr, tcodes1_ptr, tcodes2_ptr, M, N, keys,
     stride_gb, stride_gm, stride_db, stride_dm, stride_cb, stride_cm, stride_tb, stride_tn,
     KIND: tl.constexpr, GATED: tl.constexpr, BACKWARD: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr, OUTPUTS: tl.constexpr,
     VALUE: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -230,20 +230,19 @@ def _both_kernel(
     first3, second3, value3 = _rows_of(
         g_ptr, u_ptr, d_ptr, m4 * 4 + 3, n, M, in_n, stride_gm, stride_dm, KIND, GATED, BACKWARD, EVEN, WIDE
     )
-    seed = tl.load(seed_ptr + batch) if STOCHASTIC else 0
     _store_both(
-        first0, first1, first2, first3, m4, n, in_n, M, codes0_ptr, tcodes0_ptr, rows_ptr, columns_ptr,
-        stride_cm, stride_tn, seed, EVEN, WIDE, STOCHASTIC, True,
+        first0, first1, first2, first3, m4, n, in_n, M, codes0_ptr, tcodes0_ptr, rows_ptr, columns_ptr, keys,
+        stride_cm, stride_tn, EVEN, WIDE, STOCHASTIC, True,
     )  # fmt: skip
     if OUTPUTS == 2:
         _store_both(
             second0, second1, second2, second3, m4, n, in_n, M, codes1_ptr + batch * stride_cb, tcodes1_ptr + batch * stride_tb,
-            rows_ptr + M, columns_ptr + N, stride_cm, stride_tn, seed + 2, EVEN, WIDE, STOCHASTIC, True,
+            rows_ptr + M, columns_ptr + N, keys, stride_cm, stride_tn, EVEN, WIDE, STOCHASTIC, True,
         )  # fmt: skip
     if VALUE:  # to nearest: it is an activation of the forward
         _store_both(
             value0, value1, value2, value3, m4, n, in_n, M, codes0_ptr, tcodes2_ptr + batch * stride_tb, rows_ptr,
-            columns_ptr + OUTPUTS * N, stride_cm, stride_tn, seed, EVEN, WIDE, False, False,
+            columns_ptr + OUTPUTS * N, keys, stride_cm, stride_tn, EVEN, WIDE, False, False,
         )  # fmt: skip
 
 
@@ -326,7 +325,7 @@ def quantize_both(
         u: as g, the other half of a gate, or None.
         d: as g, for the gradients of the activation: that of its result; None for its value.
         kind: "" or one of ``teint8.activations.KINDS``.
-        seed: int64 (B,) for stochastic rounding: seed for rows, seed + 1 for columns; + 2 and + 3 for the second gradient.
+        seed: int64 (B,) for stochastic rounding of rows, seed ^ 1 for those of the transpose; seed + 2 for the second gradient.
         value: with d, append transposed codes and scales of the activation's value, rounded to nearest.
         blocks: tiles; the bits do not depend on them.
 
@@ -343,7 +342,8 @@ def quantize_both(
     # absmax of rows, then of columns, as the bits of float32; later what to multiply with
     rows = batch * outputs * m
     count = rows + batch * sides * n
-    tops = torch.zeros(count, dtype=torch.int32, device=device)
+    # behind them the keys of noise, where there is noise
+    tops = torch.zeros(count if seed is None else 2 * count, dtype=torch.int32, device=device)
     scales = torch.empty(count, dtype=torch.float32, device=device)
     codes = [padded((*lead, m, n), device) for _ in range(outputs)]
     tcodes = [padded((*lead, n, m), device) for _ in range(sides)]
@@ -351,15 +351,15 @@ def quantize_both(
     out_strides = (codes[0].stride(0), codes[0].stride(-2), tcodes[0].stride(0), tcodes[0].stride(-2))
     key = (device.index, g.dtype, shape, strides, kind, gated, backward, value, seed is None, blocks,
            (g.data_ptr() | u.data_ptr() | d.data_ptr()) % 16)  # fmt: skip
-    args = (g, u, d, tops, codes[0], tcodes[0], codes[-1], tcodes[outputs - 1], tcodes[-1],
-            tops if seed is None else seed.contiguous())  # fmt: skip
+    args = (g, u, d, tops, codes[0], tcodes[0], codes[-1], tcodes[outputs - 1], tcodes[-1], m, n, count)
+    finish = (tops, scales, tops[count:], tops if seed is None else seed.contiguous(), count, rows, m, n)
     with on(device):
         if _both.known(key):
             bm, bn, span = blocks.absmax[:3]
             _absmax.again(key, (-(-n // bn), -(-m // span), batch), (g, u, d, tops, m, n, *strides))
-            _scales.again((device.index, count), (-(-count // 512), 1, 1), (tops, scales, count))
+            _scales.again(key, (-(-count // 512), 1, 1), finish)
             bm, bn, _ = blocks.codes
-            _both.again(key, (-(-n // bn), -(-m // bm), batch), (*args, m, n, *strides, *out_strides))
+            _both.again(key, (-(-n // bn), -(-m // bm), batch), (*args, *strides, *out_strides))
         else:
             how = (kind, gated, backward)
             wide = max(n * out_strides[1], n * out_strides[3], m * max(strides[1], strides[3], out_strides[1])) >= 2**31
@@ -368,10 +368,10 @@ def quantize_both(
             _absmax.first(key, (-(-n // bn), -(-m // span), batch), (g, u, d, tops, m, n, *strides),
                           (*how, even, wide, outputs, value, bm, bn, span, stages),
                           num_warps=warps, enable_fp_fusion=False)  # fmt: skip
-            _scales.first((device.index, count), (-(-count // 512), 1, 1), (tops, scales, count), (512,), enable_fp_fusion=False)
+            _scales.first(key, (-(-count // 512), 1, 1), finish, (outputs, sides, seed is not None, 512), enable_fp_fusion=False)
             bm, bn, warps = blocks.codes
             even = m % bm == 0 and n % bn == 0
-            _both.first(key, (-(-n // bn), -(-m // bm), batch), (*args, m, n, *strides, *out_strides),
+            _both.first(key, (-(-n // bn), -(-m // bm), batch), (*args, *strides, *out_strides),
                         (*how, even, wide, outputs, value, seed is not None, bm, bn),
                         num_warps=warps, enable_fp_fusion=False)  # fmt: skip
     if sides == 1 and not lead:

@@ -115,8 +115,7 @@ def _gradient_codes(g: Tensor, needed: Any, seed: Tensor | None, how: _How) -> t
         q, s, tq, ts = quantize_both(g, seed=seed, impl=how.impl)
         return (q, s), (tq, ts)
     rows = quantize(g, seed=seed, impl=how.impl) if want_rows else None
-    # another stream of noise than dX has: the rows of G^T are not the rows of G
-    return rows, quantize(g.mT, seed=None if seed is None else seed + 1, impl=how.impl) if want_columns else None
+    return rows, quantize(g.mT, seed=None if seed is None else seed ^ 1, impl=how.impl) if want_columns else None
 
 
 def _dgrad(g: Tensor, w: Tensor | None, wq: Any, ws: Any, channels: Codes | None, rows: Codes | None, how: _How) -> Tensor:

@@ -23,7 +23,7 @@ def quantize_both(x: Tensor, *, seed: Tensor | None = None, impl: str = "") -> C
 
     Args:
         x: (M, K) or (B, M, K), any float dtype, any strides.
-        seed: int64 () for stochastic rounding; the transpose takes seed + 1.
+        seed: int64 () for stochastic rounding; the transpose takes seed ^ 1, so that an element has one noise in both.
         impl: name of an implementation, "" for the best.
 
     Returns:
@@ -37,7 +37,7 @@ def quantize_both(x: Tensor, *, seed: Tensor | None = None, impl: str = "") -> C
 
     """
     if seed is not None and x.ndim > 2 and x.shape[0] > 1:  # one seed for a batch: rows are counted through all of it
-        return (*raw.quantize(x, seed=seed, impl=impl), *raw.quantize(x.mT, seed=seed + 1, impl=impl))
+        return (*raw.quantize(x, seed=seed, impl=impl), *raw.quantize(x.mT, seed=seed ^ 1, impl=impl))
     op = _quantize_both if raw.direct(x, seed) else torch.ops.teint8.quantize_both
     codes: Codes = op(x, seed, impl)
     return codes

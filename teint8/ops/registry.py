@@ -11,7 +11,7 @@ Ops and what their implementations are called with (always these shapes; broadca
 ``linear``    ``run(x (M, K) float, w_codes (N, K), w_scale (N,), bias (N,) | None, dtype) -> (M, N)``
               optional: both in one, for inference, where a device has something better than one after the other.
 ``quantize_both``  ``run(x (..., M, K) float, seed int64 (B,) | None) -> codes, scale, tcodes (..., K, M), tscale (..., K)``
-              as ``quantize`` of x's rows, and of its transpose's, which are rounded with seed + 1.
+              as ``quantize`` of x's rows, and of its transpose's, which are rounded with seed ^ 1.
 ``activation``  ``run(g (M, N) or (B, M, N), u | None, d | None, kind, rows, columns, values, value_columns,
               seed (B,) | None) -> [tensors]``
               as ``activations.value``, or ``activations.gradient`` where d is given; for each result its values (..., M, N), its row
@@ -191,7 +191,7 @@ def _composed_both(x: torch.Tensor, seed: torch.Tensor | None) -> Any:
 def _both(x: torch.Tensor, seed: torch.Tensor | None, quantize: Callable[..., Any]) -> Any:
     m, k = x.shape[-2:]
     codes, scale = quantize(x.reshape(-1, k), seed, None)
-    tcodes, tscale = quantize(x.mT.reshape(-1, m), None if seed is None else seed + 1, None)
+    tcodes, tscale = quantize(x.mT.reshape(-1, m), None if seed is None else seed ^ 1, None)
     return codes.view(x.shape), scale.view(x.shape[:-1]), tcodes.view(x.mT.shape), tscale.view(x.mT.shape[:-1])
 
 
