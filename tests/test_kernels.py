@@ -68,7 +68,37 @@ def test_activation(shape, dtype, kind, gated, backward, stochastic, wanted, fla
     want = raw_both.activation(*cpu, seed=seed, impl="reference", **how)
     assert len(got) == len(want) == (values + 2 * rows + 2 * columns) * (2 if gated and backward else 1) + 2 * (backward and rows)
     assert [different(a, b) for a, b in zip(got, want, strict=True)] == [0] * len(got)
+    if gated and backward:  # what two results share memory with is not dense, but for the dispatcher, which is told that it is
+        got = torch.ops.teint8.activation(g, u, d, None, kind, rows, columns, values, backward and rows, TRITON)
     assert [a.stride() for a in got if a.numel() > 1] == [b.stride() for b in want if b.numel() > 1]
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("columns", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape,layout", [((5, 7), "dense"), ((33, 48), "dense"), ((20, 70), "transposed"), ((16, 64), "mixed"), ((1, 1), "dense")])
+def test_quantize_pair(shape, layout, dtype, columns) -> None:
+    a, b = (_values(shape if layout == "dense" else shape[::-1], dtype, f) for f in ("normal", "nan"))
+    if layout != "dense":
+        a, b = a.mT, b.mT.contiguous() if layout == "mixed" else b.mT
+    got = raw_both.quantize_pair(a, b, columns=columns, impl=TRITON)
+    want = raw_both.quantize_pair(a.cpu(), b.cpu(), columns=columns, impl="reference")
+    assert [different(x, y) for x, y in zip(got, want, strict=True)] == [0] * (4 if columns else 2)
+    each = [ops.quantize_both(w.cpu(), impl="reference") for w in (a, b)]
+    assert different(want[0], torch.cat([e[0] for e in each])) == 0 and different(want[1], torch.cat([e[1] for e in each])) == 0
+
+
+def test_side_by_side() -> None:
+    whole = torch.arange(24.0, device=DEVICE).view(4, 6)
+    for a, b, dim, view in (
+        (whole[:2], whole[2:], 0, True), (whole[:, :3], whole[:, 3:], 1, True), (whole[2:], whole[:2], 0, False),
+        (whole[:, :3], whole[:, 3:].clone(), 1, False), (whole[:2, :2], whole[:2, 2:4], 1, True), (whole[:2, :2], whole[2:, :2], 0, True),
+    ):  # fmt: skip
+        got = raw_both.side_by_side(a, b, dim)
+        assert torch.equal(got, torch.cat((a, b), dim))
+        assert (got.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()) is view
+    row = whole.view(-1)[:6].view(1, 6)  # the row of another tensor is no neighbour
+    assert torch.equal(raw_both.side_by_side(row[:, :4], row[:, 2:], 1), torch.cat((row[:, :4], row[:, 2:]), 1))
 
 
 @pytest.mark.parametrize("kind", activations.KINDS)

@@ -55,8 +55,8 @@ def test_the_bits_are_those_of_the_calls_one_by_one(kind, gated, how, dtype, dev
     for i, (a, b) in enumerate(zip(*results, strict=True)):
         if how == ("nearest", "int8"):
             assert different(a, b) == 0, i
-        else:
-            torch.testing.assert_close(a, b, rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-5)
+        else:  # the fused dx is rounded once, where that of two linears is rounded thrice: by half a unit of 2^-8 each
+            assert (a - b).float().norm() <= (4e-3 if dtype == torch.bfloat16 else 1e-5) * b.float().norm(), i
         assert a.abs().sum() > 0, i
 
 

@@ -33,7 +33,7 @@ def _finish(
 @triton.jit
 def _activation_rows_kernel(
     g_ptr, u_ptr, d_ptr, codes0_ptr, scale0_ptr, value0_ptr, codes1_ptr, scale1_ptr, value1_ptr, seed_ptr, M, N,
-    stride_gb, stride_gm, stride_db, stride_dm,
+    stride_gb, stride_gm, stride_db, stride_dm, stride_vm,
     KIND: tl.constexpr, GATED: tl.constexpr, BACKWARD: tl.constexpr, OUTPUTS: tl.constexpr, CODES: tl.constexpr, VALUES: tl.constexpr,
     STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -44,6 +44,8 @@ def _activation_rows_kernel(
     u_ptr += batch * stride_gb + row.to(tl.int64) * stride_gm
     d_ptr += batch * stride_db + row.to(tl.int64) * stride_dm
     out = (batch * M + row) * N
+    value0_ptr += (batch * M + row) * stride_vm
+    value1_ptr += (batch * M + row) * stride_vm
     top0 = tl.zeros((1,), tl.float32)
     top1 = tl.zeros((1,), tl.float32)
     dtype = g_ptr.dtype.element_ty
@@ -53,9 +55,9 @@ def _activation_rows_kernel(
         if CODES:
             top0 = _larger(top0, _top(first, 0))
             top1 = _larger(top1, _top(second, 0))
-        _finish(first, top0, n, n < N, codes0_ptr + out, value0_ptr + out, row, seed, dtype, CODES, VALUES, STOCHASTIC)
+        _finish(first, top0, n, n < N, codes0_ptr + out, value0_ptr, row, seed, dtype, CODES, VALUES, STOCHASTIC)
         if OUTPUTS == 2:
-            _finish(second, top1, n, n < N, codes1_ptr + out, value1_ptr + out, row, seed + 2, dtype, CODES, VALUES, STOCHASTIC)
+            _finish(second, top1, n, n < N, codes1_ptr + out, value1_ptr, row, seed + 2, dtype, CODES, VALUES, STOCHASTIC)
     else:
         if CODES:
             for k in range(0, N, BLOCK):
@@ -65,9 +67,9 @@ def _activation_rows_kernel(
         for k in range(0, N, BLOCK):
             at = k + n
             first, second, _ = _source(g_ptr, u_ptr, d_ptr, at, at, at < N, KIND, GATED, BACKWARD, False)
-            _finish(first, top0, at, at < N, codes0_ptr + out, value0_ptr + out, row, seed, dtype, CODES, VALUES, STOCHASTIC)
+            _finish(first, top0, at, at < N, codes0_ptr + out, value0_ptr, row, seed, dtype, CODES, VALUES, STOCHASTIC)
             if OUTPUTS == 2:
-                _finish(second, top1, at, at < N, codes1_ptr + out, value1_ptr + out, row, seed + 2, dtype, CODES, VALUES, STOCHASTIC)
+                _finish(second, top1, at, at < N, codes1_ptr + out, value1_ptr, row, seed + 2, dtype, CODES, VALUES, STOCHASTIC)
     if CODES:
         one = tl.arange(0, 1)
         tl.store(scale0_ptr + batch * M + row + one, _scale_and_multiplier(_bits(top0, dtype))[0])
@@ -99,17 +101,19 @@ def activation_rows(
     outputs = 2 if gated and backward else 1
     # the interpreter's cast to bfloat16 does not round: it stores float32, whose values are rounded already
     inner = torch.float32 if INTERPRETING else g.dtype
+    # the values of two results lie side by side in a row: a matmul may take them as one
+    both = torch.empty((*shape[:-1], outputs * n), dtype=inner, device=device) if values else g
     made = [
         (
             torch.empty(shape, dtype=torch.int8, device=device) if codes else g,
             torch.empty(shape[:-1], dtype=torch.float32, device=device) if codes else g,
-            torch.empty(shape, dtype=inner, device=device) if values else g,
+            both[..., i * n : (i + 1) * n] if values and outputs == 2 else both,
         )
-        for _ in range(outputs)
+        for i in range(outputs)
     ]
-    strides = (g.stride(0), g.stride(-2), d.stride(0), d.stride(-2))
+    strides = (g.stride(0), g.stride(-2), d.stride(0), d.stride(-2), both.stride(-2))
     key = (device.index, g.dtype, shape, strides, kind, gated, backward, codes, values, seed is None,
-           (g.data_ptr() | u.data_ptr() | d.data_ptr()) % 16)  # fmt: skip
+           (g.data_ptr() | u.data_ptr() | d.data_ptr() | made[-1][2].data_ptr()) % 16)  # fmt: skip
     args = (g, u, d, *made[0], *made[-1], g if seed is None else seed.contiguous(), m, n, *strides)
     with on(device):
         if _launch.known(key):

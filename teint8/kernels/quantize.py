@@ -84,14 +84,16 @@ def _codes(x, multiplier, row_key, mixed, columns, STOCHASTIC: tl.constexpr, STA
 
 @triton.jit
 def _quantize_kernel(
-    x_ptr, codes_ptr, scale_ptr, seed_ptr, given_ptr, M, K, stride_xm, rows_per_seed,
+    x_ptr, codes_ptr, scale_ptr, seed_ptr, given_ptr, M, K, stride_xb, stride_xm, rows_per_seed,
     STOCHASTIC: tl.constexpr, STATIC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, ONE_BLOCK: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     in_m = rows < M
     columns = tl.arange(0, BLOCK_K)[None, :]
-    x_ptrs = x_ptr + rows[:, None] * stride_xm + columns
-    codes_ptrs = codes_ptr + rows[:, None] * K + columns
+    second = tl.program_id(1).to(tl.int64)  # of a pair of tensors
+    x_ptrs = x_ptr + second * stride_xb + rows[:, None] * stride_xm + columns
+    codes_ptrs = codes_ptr + (second * M + rows)[:, None] * K + columns
+    scale_ptr += second * M
     # absmax by its bits: a NaN is above infinity, which is above every number
     if ONE_BLOCK:
         x = tl.load(x_ptrs, mask=in_m[:, None] & (columns < K), other=0.0).to(tl.float32)
@@ -137,26 +139,42 @@ def _quantize_kernel(
 _launch = Launch(_quantize_kernel)
 
 
-def quantize(x: Tensor, seed: Tensor | None, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Codes (M, K) and scales (M,) of x (M, K); seed (S,) and scale (M,) as in ``teint8.ops.registry``."""
+def between(a: Tensor, b: Tensor) -> int:
+    """The stride, in elements, of the batch that two tensors make which may lie anywhere on one device."""
+    return (b.data_ptr() - a.data_ptr()) // a.element_size()
+
+
+def kind_of(stride: int) -> tuple[bool, bool]:
+    """What the JIT specializes on of a stride that differs from call to call."""
+    return stride % 16 == 0, -(2**31) <= stride < 2**31
+
+
+def quantize(x: Tensor, seed: Tensor | None, scale: Tensor | None, pair: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Codes (M, K) and scales (M,) of x (M, K); seed (S,), scale (M,) and pair (M, K) as in ``teint8.ops.registry``."""
     seed = seed if scale is None else None
+    if pair is not None:
+        x, pair = (t.float() if t.dtype == torch.float64 else t for t in (x, pair))
+        if x.stride(1) != 1 or pair.stride() != x.stride():
+            x, pair = x.contiguous(), pair.contiguous()
     m, k = x.shape
     device = x.device
     if x.dtype == torch.float64:
         x = x.float()
     if x.stride(1) != 1:
         x = x.contiguous()
-    codes = torch.empty((m, k), dtype=torch.int8, device=device)
-    scales = torch.empty((m,), dtype=torch.float32, device=device)
+    count = 1 if pair is None else 2
+    codes = torch.empty((count * m, k), dtype=torch.int8, device=device)
+    scales = torch.empty((count * m,), dtype=torch.float32, device=device)
     # short rows share a program; the interpreter's cost is that of its programs
     block_k = min(triton.next_power_of_2(k), _MAX_BLOCK)
     block_m = max((4096 if device.type == "cuda" else 65536) // block_k, 1)
     block_m = min(block_m, triton.next_power_of_2(m))
     stride, per_seed = x.stride(0), 1 if seed is None else m // seed.numel()
-    key = (device.index, x.dtype, m, k, stride, per_seed, seed is None, scale is None, x.data_ptr() % 16)
+    step = 0 if pair is None else between(x, pair)
+    key = (device.index, x.dtype, m, k, stride, per_seed, seed is None, scale is None, count, x.data_ptr() % 16, kind_of(step))
     args = (x, codes, scales, codes if seed is None else seed.contiguous(), scales if scale is None else scale.contiguous(),
-            m, k, stride, per_seed)  # fmt: skip
+            m, k, step, stride, per_seed)  # fmt: skip
     with on(device):
-        _launch(key, (triton.cdiv(m, block_m), 1, 1), args, (seed is not None, scale is not None, block_m, block_k, k <= block_k),
+        _launch(key, (triton.cdiv(m, block_m), count, 1), args, (seed is not None, scale is not None, block_m, block_k, k <= block_k),
                 num_warps=min(max(block_m * block_k // 1024, 1), 4), enable_fp_fusion=False)  # fmt: skip
     return codes, scales

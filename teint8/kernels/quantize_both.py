@@ -5,6 +5,7 @@ activation function of one (or of a gate and its other half), or the gradients o
 down. Four rows at a time are packed into int32, so that the transpose moves words and stores 16 bytes.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from teint8.kernels.activation import INTERPRETING, pack4, rounded, value_and_slope
 from teint8.kernels.launch import Launch, on
-from teint8.kernels.quantize import code_bits, mixed_seed, noise_key, noise_of, shrunk
+from teint8.kernels.quantize import between, code_bits, kind_of, mixed_seed, noise_key, noise_of, shrunk
 
 
 @triton.jit
@@ -294,6 +295,10 @@ def padded(shape: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.empty((*shape[:-1], -(-k // 16) * 16), dtype=torch.int8, device=device)[..., :k]
 
 
+def _pieces(x: Tensor) -> list[Tensor]:
+    return [x[0]] if x.shape[0] == 1 else list(x.unbind())
+
+
 def dense(x: Tensor) -> Tensor:
     """x as the kernels read it: float32 or less, rows contiguous."""
     x = x.float() if x.dtype == torch.float64 else x
@@ -316,6 +321,7 @@ def quantize_both(
     kind: str = "",
     seed: Tensor | None = None,
     value: bool = False,
+    pair: Tensor | None = None,
     blocks: Blocks | None = None,
 ) -> list[Tensor]:
     """Codes (..., M, N), scales (..., M), transposed codes (..., N, M), scales (..., N) of a source; twice for the gradients of a gate.
@@ -327,15 +333,20 @@ def quantize_both(
         kind: "" or one of ``teint8.activations.KINDS``.
         seed: int64 (B,) for stochastic rounding of rows, seed ^ 1 for those of the transpose; seed + 2 for the second gradient.
         value: with d, append transposed codes and scales of the activation's value, rounded to nearest.
+        pair: a second tensor like g (M, N), which makes a batch of two with it.
         blocks: tiles; the bits do not depend on them.
 
     """
-    shape, device = g.shape, g.device
-    lead, m, n = shape[:-2], shape[-2], shape[-1]
-    batch = lead.numel()
+    shape, device = g.shape if pair is None else (2, *g.shape), g.device
+    *lead, m, n = shape
+    batch = math.prod(lead)
     g = dense(g)
     gated, backward = u is not None, d is not None
     u, d = alike(u, g), g if d is None else dense(d)
+    step = g.stride(0)
+    if pair is not None:
+        pair = alike(pair, g)
+        step = between(g, pair)
     outputs = 2 if gated and backward else 1
     sides = outputs + value  # what has codes by column
     blocks = blocks or (INTERPRETED if INTERPRETING else BACKWARD if backward else FORWARD if kind else PLAIN)
@@ -345,11 +356,12 @@ def quantize_both(
     # behind them the keys of noise, where there is noise
     tops = torch.zeros(count if seed is None else 2 * count, dtype=torch.int32, device=device)
     scales = torch.empty(count, dtype=torch.float32, device=device)
-    codes = [padded((*lead, m, n), device) for _ in range(outputs)]
-    tcodes = [padded((*lead, n, m), device) for _ in range(sides)]
-    strides = (g.stride(0), g.stride(-2), d.stride(0), d.stride(-2))
+    # side by side: what a matmul wants of all of them it may take as one
+    codes = _pieces(padded((outputs, *lead, m, n), device))
+    tcodes = _pieces(padded((sides, *lead, n, m), device))
+    strides = (step, g.stride(-2), d.stride(0), d.stride(-2))
     out_strides = (codes[0].stride(0), codes[0].stride(-2), tcodes[0].stride(0), tcodes[0].stride(-2))
-    key = (device.index, g.dtype, shape, strides, kind, gated, backward, value, seed is None, blocks,
+    key = (device.index, g.dtype, shape, kind_of(step), strides[1:], kind, gated, backward, value, seed is None, blocks,
            (g.data_ptr() | u.data_ptr() | d.data_ptr()) % 16)  # fmt: skip
     args = (g, u, d, tops, codes[0], tcodes[0], codes[-1], tcodes[outputs - 1], tcodes[-1], m, n, count)
     finish = (tops, scales, tops[count:], tops if seed is None else seed.contiguous(), count, rows, m, n)

@@ -16,16 +16,16 @@ FEW_ROWS = 4
 """Up to this many rows a matmul is bound by reading its weight."""
 
 
-def _quantize(x: Tensor, seed: Tensor | None, scale: Tensor | None) -> Any:
+def _quantize(x: Tensor, seed: Tensor | None, scale: Tensor | None, pair: Tensor | None = None) -> Any:
     from teint8.kernels import quantize
 
-    return quantize.quantize(x, seed, scale)
+    return quantize.quantize(x, seed, scale, pair)
 
 
-def _quantize_both(x: Tensor, seed: Tensor | None) -> Any:
+def _quantize_both(x: Tensor, seed: Tensor | None, pair: Tensor | None = None) -> Any:
     from teint8.kernels import quantize_both
 
-    return quantize_both.quantize_both(x, seed=seed)
+    return quantize_both.quantize_both(x, seed=seed, pair=pair)
 
 
 def _activation(
@@ -227,8 +227,9 @@ def register_all() -> None:
     for op, run in (
         ("quantize", _quantize), ("int8_mm", _int8_mm), ("quantize_both", _quantize_both), ("activation", _activation),
     ):  # fmt: skip
-        register(op, "triton", run, device="cuda", priority=20, why_not=_why_not)
-        register(op, "triton-interpreter", run, device="cpu", priority=-1, why_not=_interpreter_why_not)
+        pairs = op in ("quantize", "quantize_both")
+        register(op, "triton", run, device="cuda", priority=20, why_not=_why_not, pairs=pairs)
+        register(op, "triton-interpreter", run, device="cpu", priority=-1, why_not=_interpreter_why_not, pairs=pairs)
     register("norm", "triton", _norm, device="cuda", priority=20, why_not=_norm_why_not)
     register("norm", "triton-interpreter", _norm, device="cpu", priority=-1, why_not=_norm_why_not)
     register("linear", "triton", _linear, device="cuda", priority=20, why_not=_why_not)

@@ -43,6 +43,61 @@ def quantize_both(x: Tensor, *, seed: Tensor | None = None, impl: str = "") -> C
     return codes
 
 
+def quantize_pair(a: Tensor, b: Tensor, *, columns: bool, impl: str = "") -> tuple[Tensor, ...]:
+    """Codes and scales of two weights that share an input, as those of one with the channels of both; no gradient flows.
+
+    Args:
+        a, b: (N, K), alike in shape, dtype and device.
+        columns: quantize by column, too.
+        impl: name of an implementation, "" for the best.
+
+    Returns:
+        int8 codes (2 N, K), float32 scales (2 N); with columns transposed int8 codes (2, K, N), float32 scales (2, K), too.
+
+    Example:
+        >>> codes, scale = quantize_pair(torch.ones(1, 2), torch.tensor([[3.0, 1.0]]), columns=False)
+        >>> codes.tolist()
+        [[127, 127], [127, 42]]
+
+    """
+    if a.numel() > 0 and raw.direct(a, b):
+        op = "quantize_both" if columns else "quantize"
+        implementation = registry.select(op, Problem(a.device.type, a.dtype, 2, a.shape[0], 0, a.shape[1]), impl)
+        if implementation.pairs:
+            a, b = a.detach(), b.detach()
+            made = implementation.run(a, None, pair=b) if columns else implementation.run(a, None, None, pair=b)
+            return (made[0].flatten(0, 1), made[1].flatten(), *made[2:]) if columns else tuple(made)
+    each = [quantize_both(w, impl=impl) if columns else raw.quantize(w.detach(), impl=impl) for w in (a, b)]
+    joined = [torch.cat(parts) if i < 2 else torch.stack(parts) for i, parts in enumerate(zip(*each, strict=True))]
+    return tuple(_aligned(t) if t.dtype == torch.int8 else t for t in joined)
+
+
+def side_by_side(a: Tensor, b: Tensor, dim: int) -> Tensor:
+    """Two tensors alike as one along a dimension: without a copy where the kernels left them side by side.
+
+    Example:
+        >>> x = torch.arange(6).view(2, 3)
+        >>> side_by_side(x[:, :1], x[:, 1:2], 1)
+        tensor([[0, 1],
+                [3, 4]])
+
+    """
+    return _whole(a, b, dim) if raw.direct(a, b) and _are_neighbours(a, b, dim) else torch.cat((a, b), dim)
+
+
+def _are_neighbours(a: Tensor, b: Tensor, dim: int) -> bool:
+    """Whether b begins where a ends, in one storage; along the last dimension a row of both must end before the next one begins."""
+    step = a.shape[dim] * a.stride(dim)
+    if a.stride() != b.stride() or step <= 0 or a.data_ptr() + step * a.itemsize != b.data_ptr():
+        return False
+    fits = dim == 0 or a.stride(0) >= 2 * step
+    return fits and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+def _whole(a: Tensor, b: Tensor, dim: int) -> Tensor:
+    return a.as_strided([2 * n if i == dim else n for i, n in enumerate(a.shape)], a.stride())
+
+
 def activation(
     g: Tensor,
     u: Tensor | None = None,
@@ -130,7 +185,7 @@ def _activation(
         return [_aligned(t) if t.dtype == torch.int8 else t.clone() for t in one]
     sources = [None if t is None else t.detach() for t in (g, u, d)]
     out = registry.select("activation", _problem(g), impl).run(*sources, kind, rows, columns, values, value_columns, _seeds(seed))
-    return [_aligned(t) if t.dtype == torch.int8 else t.contiguous() for t in out]
+    return [_aligned(t) if t.dtype == torch.int8 else t for t in out]
 
 
 def _at_16(t: Tensor) -> Tensor:
@@ -144,7 +199,7 @@ def _quantize_both_op(x: Tensor, seed: Tensor | None, impl: str) -> Codes:
 
 
 def _activation_op(*args: Any) -> list[Tensor]:
-    return [_at_16(t) for t in _activation(*args)]
+    return [_at_16(t if t.dtype == torch.int8 else t.contiguous()) for t in _activation(*args)]
 
 
 _library.impl("quantize_both", _quantize_both_op, "CompositeExplicitAutograd")

@@ -3,7 +3,9 @@
 Ops and what their implementations are called with (always these shapes; broadcast dimensions have stride 0):
 
 ``quantize``  ``run(x (M, K) float, seed int64 (S,) | None, scale float32 (M,) | None) -> codes int8 (M, K), scale float32 (M,)``
-              as ``numerics.quantize``, or ``numerics.quantize_static`` where a scale is given.
+              as ``numerics.quantize``, or ``numerics.quantize_static`` where a scale is given, to nearest.
+              An implementation of this or of ``quantize_both`` whose ``pairs`` is true takes a ``pair`` like x, too: the codes of both
+              come in one tensor, one after the other (quantize: (2 M, K)) or as a batch of two (quantize_both: (2, M, K)).
 ``int8_mm``   ``run(x_codes (B, M, K), x_scale (B, M), w_codes (B, N, K), w_scale (B, N), bias (B, N) | None, dtype) -> (B, M, N)``
               as ``numerics.int8_mm``.
               An implementation whose ``flat`` is true takes the same without the batch dimension, too; one whose ``adds`` is true
@@ -60,6 +62,7 @@ class Implementation:
         why_not: given a Problem, the reason why it cannot run that, or None. It is asked once for each Problem.
         flat: for int8_mm, whether operands may come without their batch dimension.
         adds: for int8_mm, whether it takes a residual.
+        pairs: for quantize and quantize_both, whether it takes a pair.
 
     """
 
@@ -71,6 +74,7 @@ class Implementation:
     why_not: Callable[[Problem], str | None]
     flat: bool = False
     adds: bool = False
+    pairs: bool = False
 
 
 _implementations: dict[str, list[Implementation]] = {op: [] for op in OPS}
@@ -88,6 +92,7 @@ def register(
     why_not: Callable[[Problem], str | None] = lambda problem: None,
     flat: bool = False,
     adds: bool = False,
+    pairs: bool = False,
 ) -> Implementation:
     """Add an implementation of an op; one of the same op and name is replaced.
 
@@ -102,6 +107,7 @@ def register(
         why_not: tells why a problem cannot be run, or None.
         flat: for int8_mm, whether it takes operands without their batch dimension, too.
         adds: for int8_mm, whether it takes a residual and adds it to the result.
+        pairs: for quantize and quantize_both, whether it takes ``pair``, a second tensor like x.
 
     Raises:
         ValueError: an unknown op. TypeError: ``run`` is not callable.
@@ -118,7 +124,7 @@ def register(
         raise ValueError(f"register: op is {op!r}; it must be one of {', '.join(map(repr, OPS))}")
     if not callable(run):
         raise TypeError(f"register: run is {run!r}; a function is needed")
-    added = Implementation(op, name, run, device, priority, why_not, flat, adds)
+    added = Implementation(op, name, run, device, priority, why_not, flat, adds, pairs)
     others = [i for i in _implementations[op] if i.name != name]
     _implementations[op] = sorted([*others, added], key=lambda i: -i.priority)
     _selected.clear()
