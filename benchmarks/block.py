@@ -85,7 +85,7 @@ def rows() -> list[dict[str, object]]:
     with torch.no_grad():
         exact = block(x)
         errors = {name: relative_error(run(), exact) for name, run in forwards.items()}
-        took = {"forward": alternating(forwards, rounds=2)}
+        took = {"forward": alternating(forwards, rounds=3)}
     step(steps["bf16"])
     gradients = [leaf.grad.clone() for leaf in leaves if leaf.grad is not None]
     worst = {}
@@ -93,7 +93,7 @@ def rows() -> list[dict[str, object]]:
         step(run)
         worst[name] = max(relative_error(leaf.grad, g) for leaf, g in zip(leaves, gradients, strict=True))  # type: ignore[arg-type]
     assert max(errors.values()) < 0.05 and max(worst.values()) < 0.15, (errors, worst)
-    took["step"] = alternating({name: lambda run=run: step(run) for name, run in steps.items()}, rounds=2)
+    took["step"] = alternating({name: lambda run=run: step(run) for name, run in steps.items()}, rounds=3)
     return [{"work": work, "way": name, "ms": ms, "to bf16 compiled": took[work]["compiled"] / ms,
              "error": (errors if work == "forward" else worst)[name]} for work in took for name, ms in took[work].items()]  # fmt: skip
 

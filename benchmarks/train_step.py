@@ -3,10 +3,10 @@
 python benchmarks/train_step.py [--out FOLDER]    torchao is timed where it is installed
 """
 
-import copy
-import importlib.util
+import math
 from collections.abc import Callable
 
+import peers
 import torch
 from common import alternating, output_folder, relative_error, save
 from mlp import SwiGLU
@@ -41,14 +41,6 @@ def steps(model: SwiGLU, x: torch.Tensor) -> dict[str, Step]:
     }
 
 
-def torchao_fp8(model: SwiGLU) -> nn.Module | None:
-    if importlib.util.find_spec("torchao") is None:
-        return None
-    from torchao.float8 import convert_to_float8_training
-
-    return torch.compile(convert_to_float8_training(copy.deepcopy(model)))
-
-
 def kept_bytes(forward: Step) -> int:
     """Bytes that a forward keeps for its backward; each storage once, weights left out."""
     kept: dict[int, int] = {}
@@ -69,10 +61,9 @@ def rows_of(m: int, k: int, n: int) -> list[dict[str, object]]:
     dy = torch.randn(m, k, device="cuda", dtype=torch.bfloat16) * 0.01
     runs = steps(model, x)
     leaves: dict[str, list[torch.Tensor]] = {name: [x, *model.parameters()] for name in runs}
-    peer = torchao_fp8(model) if m == SIZES[0][0] else None
-    if peer is not None:
-        runs["torchao fp8 tensorwise, compiled"] = lambda: peer(x)
-        leaves["torchao fp8 tensorwise, compiled"] = [x, *peer.parameters()]
+    for name, peer in (peers.training(model) if m == SIZES[0][0] else {}).items():
+        runs[name] = lambda peer=peer: peer(x)
+        leaves[name] = [x, *peer.parameters()]
 
     def step(name: str) -> Callable[[], None]:
         def run() -> None:
@@ -90,11 +81,12 @@ def rows_of(m: int, k: int, n: int) -> list[dict[str, object]]:
         errors[name] = max(relative_error(leaf.grad, e) for leaf, e in zip(leaves[name], exact, strict=True))  # type: ignore[arg-type]
         kept[name] = kept_bytes(runs[name])
         assert errors[name] < 0.12, (name, errors[name])
-    took = alternating({name: step(name) for name in runs}, rounds=2)
+    took = alternating({name: step(name) for name in runs}, rounds=5)
     base = took["bf16 compiled"]
     return [{"tokens": m, "width": k, "hidden": n, "step": name, "ms": took[name], "to bf16 compiled": base / took[name],
+             "to torchao fp8": took.get("torchao fp8 tensorwise", math.nan) / took[name],
              "gradient error": errors[name], "kept MB": kept[name] / 1e6,
-              "kept to bf16": kept[name] / kept["bf16"]} for name in runs]  # fmt: skip
+             "kept to bf16": kept[name] / kept["bf16"]} for name in runs]  # fmt: skip
 
 
 if __name__ == "__main__":
