@@ -23,7 +23,11 @@ def main() -> None:
         torch._dynamo.reset()
         compiled, x = torch.compile(model), torch.randn(m, K, device="cuda", dtype=torch.bfloat16)
         assert differing(ops.gated_mlp(x, *packed), ops.gated_mlp(x, *packed, impl="reference")) == 0
-        torchao = {name: (lambda peer=peer: peer(x)) for name, peer in peers.inference(model, weights=True).items()} if m in (1, 16, 512) else {}
+        torchao = (
+            {name: (lambda peer=peer: peer(x)) for name, peer in peers.inference(model, weights=True).items()}
+            if m in (1, 16, 512)
+            else {}
+        )
         runs = {"bf16": lambda: model(x), "bf16 compiled": lambda: compiled(x), "int8 fused": lambda: ops.gated_mlp(x, *packed),
                 "int8 weights": lambda: halves(weights, x), **peers.usable(torchao)}  # fmt: skip
         took = alternating({name: graphed(run) for name, run in runs.items()}, rounds=5, seconds=0.15)

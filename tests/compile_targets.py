@@ -106,12 +106,14 @@ def kernels(arch: int) -> None:
         absmax = dict(**how, BLOCK_M=bm, BLOCK_N=bn, SPAN=span, STAGES=stages)
         core(f"absmax {kind} {backward}", arch, quantize_both._absmax_kernel, absmax, num_warps=warps)
         bm, bn, warps = blocks.codes
-        both = dict(**how, STOCHASTIC=False, BLOCK_M=bm, BLOCK_N=bn)
-        core(f"both {kind} {backward}", arch, quantize_both._both_kernel, both, num_warps=warps)
-    act = dict(
-        KIND="silu", GATED=True, BACKWARD=False, OUTPUTS=1, CODES=True, VALUES=False, STOCHASTIC=False, BLOCK=16384, ONE_BLOCK=True
-    )
-    core("activation_rows", arch, activation_rows._activation_rows_kernel, act, num_warps=16)
+        for stochastic in (False, True):
+            both = dict(**how, STOCHASTIC=stochastic, BLOCK_M=bm, BLOCK_N=bn)
+            core(f"both {kind} {backward} {stochastic}", arch, quantize_both._both_kernel, both, num_warps=warps)
+    for i, (block, warps) in enumerate(activation_rows.BLOCKS):
+        act = dict(
+            KIND="silu", GATED=True, BACKWARD=i != 1, OUTPUTS=1 + (i != 1), CODES=i > 0, VALUES=i != 1, STOCHASTIC=False, BLOCK=block
+        )
+        core(f"activation_rows {block}", arch, activation_rows._activation_rows_kernel, {**act, "ONE_BLOCK": i == 1}, num_warps=warps)
     for m, config in ((1, gemv.GATED), (4, gemv.GATED), (1, gemv.ONE)):
         gated = config is gemv.GATED
         constants = dict(
@@ -136,7 +138,7 @@ if __name__ == "__main__":
         if arch == 90:
             for name, tile in hopper.TILES.items():
                 gluon(f"hopper {name}", tile, tma=tile.block_n >= 64)
-            for tile, _ in hopper.RATES:
-                gluon(f"hopper {tile} with a bias and a residual", tile, tma=True, added=True)
+            for tile in {tile for tile, _ in (*hopper.RATES, *hopper.FEW) if tile is not hopper.HUGE}:
+                gluon(f"hopper {tile} with a bias and a residual", tile, tma=tile.block_n >= 64, added=True)
             gluon("hopper split", hopper.SMALL, False, split=2)
             gluon("hopper two", hopper.TINY, False, two=True)

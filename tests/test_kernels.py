@@ -76,7 +76,9 @@ def test_activation(shape, dtype, kind, gated, backward, stochastic, wanted, fla
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("columns", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape,layout", [((5, 7), "dense"), ((33, 48), "dense"), ((20, 70), "transposed"), ((16, 64), "mixed"), ((1, 1), "dense")])
+@pytest.mark.parametrize(
+    "shape,layout", [((5, 7), "dense"), ((33, 48), "dense"), ((20, 70), "transposed"), ((16, 64), "mixed"), ((1, 1), "dense")]
+)
 def test_quantize_pair(shape, layout, dtype, columns) -> None:
     a, b = (_values(shape if layout == "dense" else shape[::-1], dtype, f) for f in ("normal", "nan"))
     if layout != "dense":
@@ -92,13 +94,41 @@ def test_side_by_side() -> None:
     whole = torch.arange(24.0, device=DEVICE).view(4, 6)
     for a, b, dim, view in (
         (whole[:2], whole[2:], 0, True), (whole[:, :3], whole[:, 3:], 1, True), (whole[2:], whole[:2], 0, False),
-        (whole[:, :3], whole[:, 3:].clone(), 1, False), (whole[:2, :2], whole[:2, 2:4], 1, True), (whole[:2, :2], whole[2:, :2], 0, True),
+        (whole[:, :3], whole[:, 3:].clone(), 1, False), (whole[:2, :2], whole[:2, 2:4], 1, True),
+        (whole[:2, :2], whole[2:, :2], 0, True),
     ):  # fmt: skip
         got = raw_both.side_by_side(a, b, dim)
         assert torch.equal(got, torch.cat((a, b), dim))
         assert (got.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()) is view
     row = whole.view(-1)[:6].view(1, 6)  # the row of another tensor is no neighbour
     assert torch.equal(raw_both.side_by_side(row[:, :4], row[:, 2:], 1), torch.cat((row[:, :4], row[:, 2:]), 1))
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_activation_of_rows_longer_than_a_block(backward) -> None:
+    g, u, d = (_values((2, 17000), torch.bfloat16) for _ in range(3))
+    seed = torch.tensor(3, device=DEVICE)
+    sources = (g, u, d if backward else None)
+    how = dict(kind="silu", rows=True, values=True)
+    got = raw_both.activation(*sources, seed=seed, impl=TRITON, **how)
+    want = raw_both.activation(*(None if t is None else t.cpu() for t in sources), seed=seed.cpu(), impl="reference", **how)
+    assert [different(a, b) for a, b in zip(got, want, strict=True)] == [0] * len(want)
+
+
+@gpu
+@pytest.mark.parametrize("gradient,wgrad", [(None, "int8"), ("nearest", "int8"), ("nearest", "float")])
+def test_mlp_at_real_sizes(gradient, wgrad) -> None:
+    x = _values((1024, 2048), torch.bfloat16).requires_grad_()
+    weights = [(_values(s, torch.bfloat16) * 0.02).requires_grad_() for s in ((5632, 2048), (5632, 2048), (2048, 5632))]
+    dy = _values((1024, 2048), torch.bfloat16)
+    results = []
+    for impl in ("", "reference"):
+        y = ops.gated_mlp(x, *weights, gradient=gradient, wgrad=wgrad, impl=impl)
+        results.append([y, *torch.autograd.grad(y, [x, *weights], dy)])
+    for i, (a, b) in enumerate(zip(*results, strict=True)):
+        if i == 0 or (gradient, wgrad) == ("nearest", "int8"):
+            assert different(a, b) == 0, i
+        assert (a - b).float().norm() <= 2e-3 * b.float().norm(), i
 
 
 @pytest.mark.parametrize("kind", activations.KINDS)

@@ -12,7 +12,8 @@ from teint8.kernels.launch import Launch, on
 from teint8.kernels.quantize import code_bits, mixed_seed, noise_key, noise_of, shrunk
 from teint8.kernels.quantize_both import _bits, _larger, _scale_and_multiplier, _source, _top, alike, dense
 
-_MAX_BLOCK = 16384  # a longer row is read twice, in blocks
+# elements of a row and warps of a program, for values alone and for the codes of one result or two; a longer row is read twice
+BLOCKS = ((4096, 4), (16384, 16), (4096, 8))
 
 
 @triton.jit
@@ -65,7 +66,7 @@ def _activation_rows_kernel(
                 top0 = _larger(top0, _top(first, 0))
                 top1 = _larger(top1, _top(second, 0))
         for k in range(0, N, BLOCK):
-            at = k + n
+            at = (tl.cdiv(N, BLOCK) - 1) * BLOCK - k + n  # backwards: what was read last is still in the cache
             first, second, _ = _source(g_ptr, u_ptr, d_ptr, at, at, at < N, KIND, GATED, BACKWARD, False)
             _finish(first, top0, at, at < N, codes0_ptr + out, value0_ptr, row, seed, dtype, CODES, VALUES, STOCHASTIC)
             if OUTPUTS == 2:
@@ -119,8 +120,10 @@ def activation_rows(
         if _launch.known(key):
             _launch.again(key, (m, batch, 1), args)
         else:
-            # codes want the whole row in registers; values alone go by blocks that leave few lanes idle
-            block = min(triton.next_power_of_2(n), _MAX_BLOCK if codes else 4096)
+            # codes want the whole row in registers, but for two results, which leave none for a second program; values alone go by
+            # blocks that leave few lanes idle
+            block, warps = BLOCKS[outputs if codes else 0]
+            block = min(triton.next_power_of_2(n), block)
             constants = (kind, gated, backward, outputs, codes, values, seed is not None, block, n <= block)
-            _launch.first(key, (m, batch, 1), args, constants, num_warps=min(max(block // 1024, 1), 16), enable_fp_fusion=False)
+            _launch.first(key, (m, batch, 1), args, constants, num_warps=min(max(block // 512, 1), warps), enable_fp_fusion=False)
     return tuple(Rows(q if codes else None, s if codes else None, v.to(dtype) if values else None) for q, s, v in made)

@@ -21,7 +21,7 @@ class Tile(NamedTuple):
         block_n: columns of a tile.
         stages: slots of the ring.
         buffers: shared buffers for the result, for each consumer.
-        scales_first: load the scales before the loop; never with a bias, for want of registers.
+        scales_first: load the scales before the loop; never with a bias or a residual, for want of registers.
         group: rows of tiles that go together.
         limit: registers a thread at the start. registers: of a consumer's thread.
 
@@ -42,27 +42,37 @@ SQUARE = Tile(2, 128, 6, buffers=1)
 LOW = Tile(1, 128, 8)
 SMALL = Tile(1, 64, 10)
 TINY = Tile(1, 32, 16)
-HUGE = Tile(3, 256, 3, scales_first=False, limit=128, registers=160)  # least traffic; never the fastest so far on an H200
+HUGE = Tile(3, 256, 3, scales_first=False, group=12, limit=128, registers=160)
 TILES = {"wide": WIDE, "square": SQUARE, "low": LOW, "small": SMALL, "tiny": TINY, "huge": HUGE}
 
-# how fast a tile is where it fills the card, to the fastest: benchmarks/gemm.py --sweep on one H200 (Triton 3.6)
-RATES = ((WIDE, 1.0), (SQUARE, 0.9), (LOW, 0.8), (SMALL, 0.62))
+# how fast a tile is where it fills the card, to the second: benchmarks/gemm.py --sweep, and a training step, on an H100 (Triton 3.6).
+# The first reads the least, which counts when power is short: a step of 15.0 ms takes 14.5
+RATES = ((HUGE, 1.03), (WIDE, 1.0), (SQUARE, 0.9), (LOW, 0.8), (SMALL, 0.62))
+FEW = ((SMALL, 1.0), (TINY, 0.85), (LOW, 0.8))
+"""Up to 64 rows: bound by reading the weight, at 4 to 64 rows of it by 4096 and by 14336 channels on an H100."""
 
 
-def tile_of(m: int, n: int, batch: int, programs: int) -> Tile:
-    """The tile for a problem: its rate, times how full the last wave of tiles leaves the card. No result depends on it."""
+def tile_of(m: int, n: int, batch: int, programs: int, plain: bool = True) -> Tile:
+    """The tile for a problem: its rate, times how full the last wave of tiles leaves the card. No result depends on it.
+
+    Args:
+        plain: there is no bias and no residual, for which the largest tile has no registers.
+
+    """
 
     def speed(choice: tuple[Tile, float]) -> float:
         tile, rate = choice
         tiles = batch * -(-m // (64 * tile.consumers)) * -(-n // tile.block_n)
         return rate * tiles / (-(-tiles // programs) * programs)
 
-    # few rows are one consumer's; with two weights the kernel has no more
-    return max((choice for choice in RATES if m > 64 or choice[0].consumers == 1), key=speed)[0]
+    return max((choice for choice in (RATES if m > 64 else FEW) if plain or choice[0] is not HUGE), key=speed)[0]
 
 
 def split_of(tiles: int, k: int, programs: int) -> int:
-    """Into how many parts K goes, so that tiles that are too few fill the card; each part has a step at least."""
+    """Into how many parts K goes, so that tiles that are far too few fill the card; each part has a step at least.
+
+    Half of the card reads the weight nearly as fast as all of it, and the parts cost a launch.
+    """
     steps = -(-k // 128)
     most = min(8, steps // 4)
 
@@ -71,7 +81,7 @@ def split_of(tiles: int, k: int, programs: int) -> int:
         return units / (-(-units // programs) * programs) - 0.02 * split  # each part is written and read again
 
     best = max((s for s in range(1, max(most, 1) + 1) if (s - 1) * -(-steps // s) < steps), key=fill)
-    return best if fill(best) > fill(1) + 0.1 else 1
+    return best if fill(1) < 0.4 and fill(best) > fill(1) + 0.1 else 1
 
 
 def why_not(device: str, k: int) -> str | None:
@@ -134,6 +144,12 @@ class _Plan(NamedTuple):
 _plans: dict[Any, _Plan] = {}
 
 
+def forget_plans() -> None:
+    """Choose tiles anew."""
+    _plans.clear()
+    _launch.cache_clear()
+
+
 def int8_mm(
     xq: Tensor,
     xs: Tensor,
@@ -181,9 +197,8 @@ def int8_mm(
             t = plan.tile
             descriptors = _descriptors(x2, w2, uq if two else w2, y2 if plan.tma_store else None, t)
             constants = (programs(device.index), t.consumers, t.group, t.stages, min(64, t.block_n), t.buffers, t.registers,
-                         t.scales_first and bias is None, bias is not None and plan.split == 1,
-                         residual is not None, plan.tma_store, plan.split,
-                          up is not None)  # fmt: skip
+                         t.scales_first and bias is None and residual is None, bias is not None and plan.split == 1,
+                         residual is not None, plan.tma_store, plan.split, up is not None)  # fmt: skip
             launch.first(key, plan.grid, (*descriptors, *rest), constants, num_warps=4, maxnreg=t.limit, enable_fp_fusion=False)
     if plan.split > 1:
         finish(out, xs.view(-1), ws.view(-1), None if bias is None else bias.view(-1), y.view(m, n))
@@ -197,7 +212,12 @@ def _planned(
     if y.ndim > xq.ndim and (m > 64 or (tile is not None and tile.consumers > 1)):
         raise ValueError(f"hopper: two weights by {m} rows with {tile}; up to 64 rows and one consumer are needed")
     count = programs(xq.device.index)
-    tile = tile or tile_of(m, n, batch, count)
+    plain = bias is None and residual is y
+    if tile is None:
+        from teint8.kernels import tuned  # imports this file
+
+        known = tuned.found("hopper", xq.device.index, m, n, xq.shape[-1], plain) if batch == 1 else None
+        tile = Tile(*known) if known else tile_of(m, n, batch, count, plain)
     tiles = batch * -(-m // (64 * tile.consumers)) * -(-n // tile.block_n)
     if split is None:
         # parts of sums are written for few rows only: they cost 4 bytes each

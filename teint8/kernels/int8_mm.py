@@ -39,6 +39,15 @@ def config_of(m: int, major: int = 9) -> Config:
     return next(config for rows, config in table(major) if rows is None or m <= rows)
 
 
+@functools.lru_cache(maxsize=4096)
+def chosen(device: int | None, batch: int, m: int, n: int, k: int, plain: bool) -> Config:
+    """The tile that was tuned on this machine, else that of the table."""
+    from teint8.kernels import tuned  # imports this file
+
+    known = tuned.found("triton", device, m, n, k, plain) if batch == 1 else None
+    return Config(*known) if known else config_of(m, _major(device))
+
+
 @functools.cache
 def _major(device: int | None) -> int:
     """The compute capability's first number; for the interpreter Hopper's tiles do."""
@@ -113,7 +122,7 @@ def int8_mm(
     # the tensor cores read both operands along K
     xq = xq if xq.stride(2) == 1 else xq.contiguous()
     wq = wq if wq.stride(2) == 1 else wq.contiguous()
-    c = config or config_of(m, _major(xq.device.index))
+    c = config or chosen(xq.device.index, batch, m, n, k, bias is None)
     # the interpreter's cast to bfloat16 does not round: it stores float32 and torch casts, with the bits of the GPU
     inner = torch.float32 if dtype == torch.float64 or not xq.is_cuda else dtype
     y = torch.empty((batch, m, n), dtype=inner, device=xq.device)

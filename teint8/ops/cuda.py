@@ -154,6 +154,23 @@ def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return dequantize.dequantize(codes.reshape(-1, k), scale.reshape(-1), inner).to(dtype).view(codes.shape)
 
 
+def tune(sizes: list[tuple[int, int, int]]) -> str:
+    """Measure the tiles of matmuls (M, N, K) on this GPU, print their times, keep the fastest; returns the path of the file.
+
+    Raises:
+        RuntimeError: there is no GPU, or no Triton.
+
+    """
+    reason = "there is no GPU" if not torch.cuda.is_available() else why_not_triton()
+    if reason is not None:
+        raise RuntimeError(f"tune: {reason}; there is nothing to measure")
+    from teint8.kernels import tuned
+
+    for m, n, k in sizes:
+        tuned.tune(m, n, k)
+    return str(tuned.path(torch.cuda.current_device()))
+
+
 _WIDEST_NORM = 16384
 
 
