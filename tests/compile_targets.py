@@ -109,11 +109,11 @@ def kernels(arch: int) -> None:
         for stochastic in (False, True):
             both = dict(**how, STOCHASTIC=stochastic, BLOCK_M=bm, BLOCK_N=bn)
             core(f"both {kind} {backward} {stochastic}", arch, quantize_both._both_kernel, both, num_warps=warps)
-    for i, (block, warps) in enumerate(activation_rows.BLOCKS):
-        act = dict(
-            KIND="silu", GATED=True, BACKWARD=i != 1, OUTPUTS=1 + (i != 1), CODES=i > 0, VALUES=i != 1, STOCHASTIC=False, BLOCK=block
-        )
-        core(f"activation_rows {block}", arch, activation_rows._activation_rows_kernel, {**act, "ONE_BLOCK": i == 1}, num_warps=warps)
+    for backward, codes in ((False, True), (True, True), (True, False)):
+        block, warps = activation_rows.CODES if codes else activation_rows.VALUES
+        how = dict(KIND="silu", GATED=True, BACKWARD=backward, OUTPUTS=1 + backward, CODES=codes, VALUES=backward, STOCHASTIC=False)
+        act = dict(**how, BLOCK=block, ONE_BLOCK=codes)
+        core(f"activation_rows {backward} {codes}", arch, activation_rows._activation_rows_kernel, act, num_warps=warps)
     for m, config in ((1, gemv.GATED), (4, gemv.GATED), (1, gemv.ONE)):
         gated = config is gemv.GATED
         constants = dict(

@@ -184,7 +184,7 @@ class _Back(NamedTuple):
         if all(needed) and len(parts) == 2:
             g, u = parts
             if self.how.columns:
-                both = tuple(side_by_side(a, b, 0) for a, b in zip(g.columns, u.columns, strict=True))
+                both: Codes = [side_by_side(g.columns[i], u.columns[i], 0) for i in range(2)]  # type: ignore[index]
                 dw = self.wgrad(g.value, both, x)
             else:
                 dw = self.wgrad(side_by_side(g.value, u.value, 1), None, x)
