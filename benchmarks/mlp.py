@@ -44,7 +44,7 @@ def main() -> None:
             with context:
                 return model(x)
 
-        torchao = {name: (lambda peer=peer: peer(x)) for name, peer in peers.inference(model).items()}
+        torchao = {name: (lambda peer=peer: peer(x)) for name, peer in (peers.inference(model) if m == 16384 else {}).items()}
         runs = {"bf16": lambda: model(x), "bf16 compiled": lambda: compiled(x), "int8 module": inside,
                 "int8 fused": lambda: ops.gated_mlp(x, *packed), **peers.usable(torchao)}  # fmt: skip
         assert differing(runs["int8 fused"]()[:64], ops.gated_mlp(x[:64], *packed, impl="reference")) == 0

@@ -110,7 +110,7 @@ def kernels(arch: int) -> None:
             both = dict(**how, STOCHASTIC=stochastic, BLOCK_M=bm, BLOCK_N=bn)
             core(f"both {kind} {backward} {stochastic}", arch, quantize_both._both_kernel, both, num_warps=warps)
     for backward, codes in ((False, True), (True, True), (True, False)):
-        block, warps = activation_rows.CODES if codes else activation_rows.VALUES
+        block, warps = activation_rows.FOR_CODES if codes else activation_rows.FOR_VALUES
         how = dict(KIND="silu", GATED=True, BACKWARD=backward, OUTPUTS=1 + backward, CODES=codes, VALUES=backward, STOCHASTIC=False)
         act = dict(**how, BLOCK=block, ONE_BLOCK=codes)
         core(f"activation_rows {backward} {codes}", arch, activation_rows._activation_rows_kernel, act, num_warps=warps)

@@ -14,7 +14,7 @@ from teint8.kernels.quantize_both import _bits, _larger, _scale_and_multiplier, 
 
 # elements of a row and warps of a program. Values alone go by blocks that leave few lanes idle; codes want the whole row in registers
 # (two gradients of 14336 features: 1.04 ms of an H100, in blocks of 4096 that are read twice 1.23 ms); a longer row is read twice
-VALUES, CODES = (4096, 4), (16384, 16)
+FOR_VALUES, FOR_CODES = (4096, 4), (16384, 16)
 
 
 @triton.jit
@@ -121,7 +121,7 @@ def activation_rows(
         if _launch.known(key):
             _launch.again(key, (m, batch, 1), args)
         else:
-            block, warps = CODES if codes else VALUES
+            block, warps = FOR_CODES if codes else FOR_VALUES
             block = min(triton.next_power_of_2(n), block)
             constants = (kind, gated, backward, outputs, codes, values, seed is not None, block, n <= block)
             _launch.first(key, (m, batch, 1), args, constants, num_warps=min(max(block // 512, 1), warps), enable_fp_fusion=False)
