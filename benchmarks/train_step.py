@@ -3,7 +3,6 @@
 python benchmarks/train_step.py [--out FOLDER]    torchao is timed where it is installed
 """
 
-import math
 from collections.abc import Callable
 
 import peers
@@ -82,9 +81,9 @@ def rows_of(m: int, k: int, n: int) -> list[dict[str, object]]:
         kept[name] = kept_bytes(runs[name])
         assert errors[name] < 0.12, (name, errors[name])
     took = alternating({name: step(name) for name in runs}, rounds=5)
-    base = took["bf16 compiled"]
+    base, fp8 = took["bf16 compiled"], took.get("torchao fp8 tensorwise")
     return [{"tokens": m, "width": k, "hidden": n, "step": name, "ms": took[name], "to bf16 compiled": base / took[name],
-             "to torchao fp8": took.get("torchao fp8 tensorwise", math.nan) / took[name],
+             "to torchao fp8": fp8 / took[name] if fp8 else None,
              "gradient error": errors[name], "kept MB": kept[name] / 1e6,
              "kept to bf16": kept[name] / kept["bf16"]} for name in runs]  # fmt: skip
 

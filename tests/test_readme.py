@@ -4,6 +4,8 @@ import json
 import pathlib
 import re
 
+import pytest
+
 ROOT = pathlib.Path(__file__).parent.parent
 
 
@@ -22,9 +24,11 @@ def test_every_figure_is_the_one_that_a_benchmark_wrote() -> None:
     wanted = [f"| {r['M']}, {r['N']}, {r['K']} | {r['to bf16']:.2f}x | {r['to fp8']:.2f}x |" for r in gemm]
     wanted += [f"| {r['work']} | {r['tokens']} | {r['module to bf16']:.2f}x |" for r in mlp]
     wanted += [f"{r['fused to compiled']:.2f}x |" for r in mlp if r["fused to compiled"]]
-    wanted += [f"{r['to bf16']:.2f}x with {r['tokens']}" for r in decode]
+    few = {(r["tokens"], r["way"]): r["to bf16"] for r in decode}
+    wanted += [f"| {m} | {few[m, 'int8 fused']:.2f}x | {few[m, 'int8 weights']:.2f}x |" for m in (1, 4, 16, 64, 512)]
+    wanted += [f"{way.removeprefix('torchao ')} {ratio:.2f}x" for (_, way), ratio in few.items() if way.startswith("torchao")]
     wanted += [f"{r['hidden']} | {r['step']} | {r['to bf16 compiled']:.2f}x | {r['gradient error']:.3f} | {r['kept to bf16']:.2f} |"
-               for r in steps]  # fmt: skip
+               for r in steps if r["tokens"] == 16384 or r["step"] == "int8 fused"]  # fmt: skip
     wanted += [f"| {r['recipe']} | {r['final to bf16']:.3f} | {r['held-out to bf16']:.3f} |" for r in gpt]
     wanted += [f"{r['work']}, {r['way']} {r['to bf16 compiled']:.2f}x" for r in block if r["way"] in ("module", "fused")]
     above = {r["call"]: r["above F.linear"] for r in overhead}
@@ -37,3 +41,10 @@ def test_every_figure_is_the_one_that_a_benchmark_wrote() -> None:
         ratios = f"{r['teint8 / fp32']:.2f}x | {r['teint8 / quantize_dynamic']:.2f}x |"
         wanted.append(f"| {r['threads']} | {r['batch']} x {r['tokens']} | {ratios}")
     assert [line for line in wanted if line not in text] == []
+
+
+def test_the_tables_of_the_docs_are_those_of_the_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import tables
+
+    assert f"{tables.BEGIN}\n\n{tables.render()}\n\n{tables.END}" in tables.PAGE.read_text()
