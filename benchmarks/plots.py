@@ -10,7 +10,7 @@ from common import RESULTS
 
 mpl.use("Agg")
 mpl.rcParams["svg.hashsalt"] = "teint8"  # the same file for the same figures
-import matplotlib.pyplot as plt
+import matplotlib.pyplot as plt  # noqa: E402
 
 FIGURES = pathlib.Path(__file__).parent.parent / "docs" / "figures"
 

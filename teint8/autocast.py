@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from teint8 import _torch, ops
@@ -20,7 +19,7 @@ from teint8.policy import Policy, Rule
 from teint8.qtensor import QTensor
 from teint8.transforms import callsite
 from teint8.transforms.calls import HANDLERS, Operand
-from teint8.transforms.pack import pack_weight
+from teint8.transforms.held import Held, Plan, Quick, all_entries, follow_optimizers, forget_all, held_of
 from teint8.transforms.receipt import Receipt
 from teint8.transforms.route import Route, mode_of
 
@@ -32,72 +31,7 @@ class CacheInfo(NamedTuple):
     nbytes: int
 
 
-class _Entry(NamedTuple):
-    place: tuple[Any, ...]
-    storage: Any
-    packed: QTensor
-
-
-class _Plan(NamedTuple):
-    """What a call of known shape comes to: the rule that decided, what runs it, and its line on the receipt."""
-
-    rule: int
-    implementation: ops.Implementation
-    channels: int
-    granularity: str
-    generation: int
-    fields: tuple[Any, ...]
-
-
-class _Quick:
-    """What a context knows of a weight that it met before: enough to run F.linear again without asking anew."""
-
-    __slots__ = ("bias", "codes", "entry", "held", "plans", "scale", "weight")
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, held: "_Held", entry: _Entry, forget: Callable[[Any], Any]) -> None:
-        self.weight, self.bias = weakref.ref(weight, forget), None if bias is None else weakref.ref(bias)
-        self.held, self.entry = held, entry
-        self.codes, self.scale = entry.packed.rows()
-        self.plans: dict[Any, _Plan] = {}
-
-    def fits(self, weight: Tensor, bias: Tensor | None) -> bool:
-        """Whether these are the tensors that were met, and the weight is as it was packed."""
-        if self.weight() is not weight or bias is not (None if self.bias is None else self.bias()):
-            return False
-        place, entry = self.entry.place, self.held.packed.get((-1, "row"))
-        same = weight._version == place[1] and weight.data_ptr() == place[2] and weight.shape == place[3]
-        return same and entry is self.entry and not entry.storage.expired() and self.held.place(weight) == place
-
-
-class _Held:
-    """What is kept of a weight: its path, its packed forms by (contracted dimension, granularity), plans by policy and shape."""
-
-    __slots__ = ("packed", "path", "plans", "steps")
-
-    def __init__(self) -> None:
-        self.path: str | None = None
-        self.packed: dict[tuple[int, str], _Entry] = {}
-        self.plans: dict[Any, _Plan] = {}
-        self.steps = 0  # of optimizers: fused ones leave no version
-
-    def place(self, weight: Tensor) -> tuple[Any, ...]:
-        """What changes when the weight does: the version counts in-place edits; address and layout tell .to() and .data = ..."""
-        return self.steps, weight._version, weight.data_ptr(), weight.shape, weight.stride(), weight.dtype
-
-    def get(self, weight: Tensor, axis: int, granularity: str) -> QTensor:
-        """The packed weight: the one that is held while the weight is what was packed, in every way, else a new one."""
-        place = self.place(weight)
-        entry = self.packed.get((axis, granularity))
-        if entry is None or entry.place != place or entry.storage.expired():
-            with torch.inference_mode(False):
-                made = pack_weight(weight, axis, granularity)
-            entry = self.packed[axis, granularity] = _Entry(place, _torch.storage_ref(weight), made)
-            _follow_optimizers()
-        return entry.packed
-
-
 _LINEAR = torch.nn.functional.linear
-_held = WeakTensorKeyDictionary()
 _lock = threading.Lock()
 _policies: dict[Policy, int] = {}  # numbers for policies: a number is quick to hash
 _QAT, _FLOAT = Policy.qat(), Policy()
@@ -162,7 +96,7 @@ class te_int8_autocast(Route):
         self._paths_matter = any(rule.path != "*" for rule in self.policy.rules)
         self._paths: Any = WeakTensorKeyDictionary() if self._paths_matter else None
         self.shared = Shared() if training else None
-        self._quick: dict[int, _Quick] | None = None if training or self._paths_matter else {}
+        self._quick: dict[int, Quick] | None = None if training or self._paths_matter else {}
         self._weight_codes: Any = None  # in training, by weight, until the context ends; made late, for Dynamo traces this
 
     def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -214,10 +148,7 @@ class te_int8_autocast(Route):
             owner, transposed = t._base, True
         if torch.compiler.is_compiling() or not _torch.is_plain(owner):
             return Operand(t, "", transposed)
-        held = _held.get(owner)
-        if held is None:
-            with _lock:
-                held = _held.setdefault(owner, _Held())
+        held = held_of(owner)
         return Operand(t, self._path_of(owner, held), transposed, (owner, held))
 
     def multiply(self, op: str, x: Any, weight: Operand, axis: int, bias: Any, float_call: Any, rows: Any = None) -> Any:
@@ -261,7 +192,7 @@ class te_int8_autocast(Route):
         y = plan.implementation.run(x.reshape(-1, x.shape[-1]), quick.codes, quick.scale, bias, x.dtype)
         return y.view(*x.shape[:-1], plan.channels)  # type: ignore[no-any-return]
 
-    def _remember(self, plan: _Plan, op: str, x: Tensor, weight: Operand, bias: Tensor | None) -> None:
+    def _remember(self, plan: Plan, op: str, x: Tensor, weight: Operand, bias: Tensor | None) -> None:
         """Let ``_again`` run calls like this one."""
         if self._quick is None or op != "linear":
             return
@@ -272,7 +203,7 @@ class te_int8_autocast(Route):
                 self._quick.clear()
             held.get(owner, -1, "row")
             known, number = self._quick, id(owner)
-            quick = known[number] = _Quick(owner, bias, held, held.packed[-1, "row"], lambda _: known.pop(number, None))
+            quick = known[number] = Quick(owner, bias, held, held.packed[-1, "row"], lambda _: known.pop(number, None))
         if len(quick.plans) > 64:
             quick.plans.clear()
         quick.plans[x.shape, x.dtype, x.device] = plan
@@ -293,7 +224,7 @@ class te_int8_autocast(Route):
             if len(held.plans) > 64:
                 held.plans.clear()
             fields = (weight.path, op, m, n, k, 1, implementation.name, mode_of(rule), "")
-            held.plans[key] = _Plan(self.policy.rules.index(rule), implementation, n, "row", registry.generation(), fields)
+            held.plans[key] = Plan(self.policy.rules.index(rule), implementation, n, "row", registry.generation(), fields)
 
     def packed(self, weight: Operand, axis: int, granularity: str) -> Operand:
         if self.training or weight.held is None:
@@ -316,10 +247,10 @@ class te_int8_autocast(Route):
         known = held_codes.get(owner)
         if known is None or known[0] != place:
             known = held_codes[owner] = (place, weight_codes_of(owner, rule.weight.granularity, columns))
-            _follow_optimizers()
+            follow_optimizers()
         return known[1]  # type: ignore[no-any-return]
 
-    def _path_of(self, owner: Tensor, held: _Held) -> str:
+    def _path_of(self, owner: Tensor, held: Held) -> str:
         if self._paths_matter:
             root = callsite.root_module()
             seen, path = self._paths.get(owner, (None, ""))
@@ -341,36 +272,19 @@ class te_int8_autocast(Route):
             CacheInfo(weights=0, nbytes=0)
 
         """
-        with _lock:
-            entries = [entry for held in list(_held.values()) for entry in list(held.packed.values())]
+        entries = all_entries()
         return CacheInfo(len(entries), sum(entry.packed.nbytes for entry in entries))
 
     @staticmethod
     def cache_clear() -> None:
         """Forget every packed weight, and give back the memory that this thread keeps for results on the CPU."""
-        with _lock:
-            _held.clear()
+        forget_all()
         cpu.release()
 
 
 def _number(policy: Policy) -> int:
     with _lock:
         return _policies.setdefault(policy, len(_policies))
-
-
-@functools.cache
-def _follow_optimizers() -> None:
-    """Drop what is packed of the weights that an optimizer steps: fused optimizers edit them without a new version."""
-
-    def drop(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                held = _held.get(parameter)
-                if held is not None:
-                    held.packed.clear()
-                    held.steps += 1
-
-    register_optimizer_step_post_hook(drop)
 
 
 def _weak(root: nn.Module | None) -> Callable[[], nn.Module | None]:

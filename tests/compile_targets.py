@@ -14,7 +14,19 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from teint8.kernels import activation_rows, dequantize, finish, gemv, hopper, int8_mm, norm, quantize, quantize_both, weight_only
+from teint8.kernels import (
+    activation_rows,
+    dequantize,
+    finish,
+    gemv,
+    hopper,
+    int8_mm,
+    norm,
+    quantize,
+    quantize_both,
+    quantize_both_kernels,
+    weight_only,
+)
 
 POINTERS = {"seed_ptr": "*i64"}
 INTS = ("tops_ptr", "multipliers_ptr", "sums_ptr")
@@ -104,11 +116,11 @@ def kernels(arch: int) -> None:
         how = dict(KIND=kind, GATED=bool(kind), BACKWARD=backward, EVEN=True, WIDE=False, OUTPUTS=1 + backward, VALUE=value)
         bm, bn, span, stages, warps = blocks.absmax
         absmax = dict(**how, BLOCK_M=bm, BLOCK_N=bn, SPAN=span, STAGES=stages)
-        core(f"absmax {kind} {backward}", arch, quantize_both._absmax_kernel, absmax, num_warps=warps)
+        core(f"absmax {kind} {backward}", arch, quantize_both_kernels._absmax_kernel, absmax, num_warps=warps)
         bm, bn, warps = blocks.codes
         for stochastic in (False, True):
             both = dict(**how, STOCHASTIC=stochastic, BLOCK_M=bm, BLOCK_N=bn)
-            core(f"both {kind} {backward} {stochastic}", arch, quantize_both._both_kernel, both, num_warps=warps)
+            core(f"both {kind} {backward} {stochastic}", arch, quantize_both_kernels._both_kernel, both, num_warps=warps)
     for backward, codes in ((False, True), (True, True), (True, False)):
         block, warps = activation_rows.FOR_CODES if codes else activation_rows.FOR_VALUES
         how = dict(KIND="silu", GATED=True, BACKWARD=backward, OUTPUTS=1 + backward, CODES=codes, VALUES=backward, STOCHASTIC=False)

@@ -200,11 +200,11 @@ def test_plans_follow_shapes_dtypes_and_biases() -> None:
 
 
 def test_weights_are_packed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from teint8 import autocast
+    from teint8.transforms import held
 
     packed = []
-    original = autocast.pack_weight
-    monkeypatch.setattr(autocast, "pack_weight", lambda *a: packed.append(a[0]) or original(*a))
+    original = held.pack_weight
+    monkeypatch.setattr(held, "pack_weight", lambda *a: packed.append(a[0]) or original(*a))
     model, x = mlp(), torch.randn(5, 24)
     for _ in range(3):
         with torch.no_grad(), te_int8_autocast(training=False):

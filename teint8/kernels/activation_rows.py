@@ -10,7 +10,8 @@ from torch import Tensor
 from teint8.kernels.activation import INTERPRETING, rounded
 from teint8.kernels.launch import Launch, on
 from teint8.kernels.quantize import code_bits, mixed_seed, noise_key, noise_of, shrunk
-from teint8.kernels.quantize_both import _bits, _larger, _scale_and_multiplier, _source, _top, alike, dense
+from teint8.kernels.quantize_both import alike, dense
+from teint8.kernels.quantize_both_kernels import _bits, _larger, _scale_and_multiplier, _source, _top
 
 # elements of a row and warps of a program. Values alone go by blocks that leave few lanes idle; codes want the whole row in registers
 # (two gradients of 14336 features: 1.04 ms of an H100, in blocks of 4096 that are read twice 1.23 ms); a longer row is read twice

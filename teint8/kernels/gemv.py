@@ -13,7 +13,7 @@ from torch import Tensor
 from teint8.kernels.activation import INTERPRETING, rounded, value_and_slope
 from teint8.kernels.launch import Launch, on
 from teint8.kernels.quantize import code_bits
-from teint8.kernels.quantize_both import _bits, _larger, _scale_and_multiplier, _top
+from teint8.kernels.quantize_both_kernels import _bits, _larger, _scale_and_multiplier, _top
 
 MAX_ROWS = 4
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from teint8.kernels.activation import INTERPRETING, rounded
 from teint8.kernels.launch import Launch, on
 from teint8.kernels.quantize import code_bits
-from teint8.kernels.quantize_both import _bits, _scale_and_multiplier, _top
+from teint8.kernels.quantize_both_kernels import _bits, _scale_and_multiplier, _top
 
 
 @triton.jit
