@@ -3,6 +3,7 @@
 python benchmarks/memory.py [--out FOLDER]    what a forward keeps for its backward is in benchmarks/train_step.py
 """
 
+import peers
 import torch
 from common import output_folder, save
 from mlp import SwiGLU
@@ -28,9 +29,12 @@ def peaks() -> list[dict[str, object]]:
     model, x = SwiGLU(k, n), torch.randn(m, k, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     dy = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
     runs, found = steps(model, x), {}
-    for name in RUNS:
+    leaves = {name: [x, *model.parameters()] for name in RUNS}
+    for name, peer in peers.training(model, "torchao fp8 tensorwise", "torchao qat").items():
+        runs[name], leaves[name] = (lambda peer=peer: peer(x)), [x, *peer.parameters()]
+    for name in leaves:
         for _ in range(2):  # the first compiles
-            for leaf in (x, *model.parameters()):
+            for leaf in leaves[name]:
                 leaf.grad = None
             torch.cuda.synchronize()
             before = torch.cuda.memory_allocated()
@@ -39,7 +43,7 @@ def peaks() -> list[dict[str, object]]:
             torch.cuda.synchronize()
             found[name] = torch.cuda.max_memory_allocated() - before
     return [{"what": f"peak of a step, {name}", "MB bf16": found["bf16"] / 1e6, "MB": found[name] / 1e6,
-             "to bf16": found[name] / found["bf16"]} for name in RUNS]  # fmt: skip
+             "to bf16": found[name] / found["bf16"]} for name in found]  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -33,8 +33,8 @@ def inference(model: nn.Module, *, weights: bool = False) -> dict[str, nn.Module
     return {name: _compiled(model, lambda m, config=config: q.quantize_(m, config)) for name, config in configs.items()}
 
 
-def training(model: nn.Module) -> dict[str, nn.Module]:
-    """All matmuls in INT8, in FP8 by tensor or by row, and fake-quantized QAT."""
+def training(model: nn.Module, *names: str) -> dict[str, nn.Module]:
+    """All matmuls in INT8, in FP8 by tensor or by row, and fake-quantized QAT; of these the named ones, if any are named."""
     if importlib.util.find_spec("torchao") is None:
         return {}
     warnings.filterwarnings("ignore")
@@ -56,7 +56,7 @@ def training(model: nn.Module) -> dict[str, nn.Module]:
     for recipe in ("tensorwise", "rowwise"):
         config = Float8LinearConfig.from_recipe_name(recipe)
         converts[f"torchao fp8 {recipe}"] = lambda m, config=config: convert_to_float8_training(m, config=config)
-    return {name: _compiled(model, convert) for name, convert in converts.items()}
+    return {name: _compiled(model, convert) for name, convert in converts.items() if not names or name in names}
 
 
 def usable(runs: dict[str, Callable[[], Any]]) -> dict[str, Callable[[], Any]]:
