@@ -90,6 +90,21 @@ def test_quantize_pair(shape, layout, dtype, columns) -> None:
     assert different(want[0], torch.cat([e[0] for e in each])) == 0 and different(want[1], torch.cat([e[1] for e in each])) == 0
 
 
+@gpu
+def test_batch_strides_of_every_kind_after_one_that_the_compiler_knows() -> None:
+    # a stride of 1 becomes a constant of the compiled kernel: another stride must not run that one
+    for whole, step in (
+        (torch.randn(64, 1, 1, device="cuda"), 1),
+        (torch.randn(64, 5, 1, device="cuda"), 5),
+        (torch.randn(64, 16, 1, device="cuda"), 16),
+    ):
+        x = torch.randn(64, step, 1, device="cuda")[:, :1]
+        assert x.stride(0) == step
+        for _ in range(2):
+            want = ops.quantize_both(x.cpu(), impl="reference")
+            assert [different(a, b) for a, b in zip(ops.quantize_both(x), want, strict=True)] == [0] * 4
+
+
 def test_side_by_side() -> None:
     whole = torch.arange(24.0, device=DEVICE).view(4, 6)
     for a, b, dim, view in (

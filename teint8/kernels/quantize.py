@@ -144,9 +144,9 @@ def between(a: Tensor, b: Tensor) -> int:
     return (b.data_ptr() - a.data_ptr()) // a.element_size()
 
 
-def kind_of(stride: int) -> tuple[bool, bool]:
+def kind_of(stride: int) -> tuple[bool, bool, bool]:
     """What the JIT specializes on of a stride that differs from call to call."""
-    return stride % 16 == 0, -(2**31) <= stride < 2**31
+    return stride == 1, stride % 16 == 0, -(2**31) <= stride < 2**31
 
 
 def quantize(x: Tensor, seed: Tensor | None, scale: Tensor | None, pair: Tensor | None = None) -> tuple[Tensor, Tensor]:
