@@ -93,11 +93,7 @@ def test_quantize_pair(shape, layout, dtype, columns) -> None:
 @gpu
 def test_batch_strides_of_every_kind_after_one_that_the_compiler_knows() -> None:
     # a stride of 1 becomes a constant of the compiled kernel: another stride must not run that one
-    for whole, step in (
-        (torch.randn(64, 1, 1, device="cuda"), 1),
-        (torch.randn(64, 5, 1, device="cuda"), 5),
-        (torch.randn(64, 16, 1, device="cuda"), 16),
-    ):
+    for step in (1, 5, 16):
         x = torch.randn(64, step, 1, device="cuda")[:, :1]
         assert x.stride(0) == step
         for _ in range(2):
