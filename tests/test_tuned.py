@@ -37,6 +37,26 @@ def test_what_is_kept_is_found_for_like_problems_alone() -> None:
     assert tuned.found("triton", 0, 100, 64, 32, plain=False) is None and tuned.found("triton", None, 100, 64, 32) is None
 
 
+def test_cublas_is_chosen_where_it_was_measured_to_be_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    from teint8.ops import cuda, registry
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(cuda, "why_not_triton", lambda: None)
+    monkeypatch.setattr(hopper, "why_not", lambda device, k: "not here")
+    problem = registry.Problem("cuda", torch.bfloat16, 1, 128, 64, 32)
+    registry.choose_anew()
+    try:
+        assert registry.select("int8_mm", problem).name != "cublas-measured"
+        for entry, name in (([tuned.CUBLAS], "cublas-measured"), (None, registry.select("int8_mm", problem).name)):
+            tuned._keep(0, {tuned._key(tuned.CUBLAS, 128, 64, 32, True): entry})
+            registry.choose_anew()
+            assert registry.select("int8_mm", problem).name == name
+            assert registry.select("int8_mm", problem._replace(k=40)).name != "cublas-measured"
+    finally:
+        registry.choose_anew()
+
+
 @pytest.mark.parametrize("text", ["not JSON", "[1, 2]", json.dumps({"triton 128x64x32": 5})])
 def test_a_broken_file_names_itself(text: str) -> None:
     tuned.path(0).parent.mkdir(parents=True)

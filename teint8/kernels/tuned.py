@@ -18,6 +18,9 @@ from torch import Tensor
 
 from teint8.kernels import hopper, int8_mm
 
+CUBLAS = "cublas"
+"""The kernel whose entries say that cuBLAS is faster than every tile."""
+
 # more than the table has, for chips that nobody has measured; what does not fit a chip is passed over
 _CONFIGS = tuple(
     int8_mm.Config(*c)
@@ -60,11 +63,12 @@ def found(kernel: str, device: int | None, m: int, n: int, k: int, plain: bool =
     return None if device is None else _table(device).get(_key(kernel, m, n, k, plain))
 
 
-def tune(m: int, n: int, k: int, report: Callable[[str], Any] = print) -> list[str]:
+def tune(m: int, n: int, k: int, cublas: Callable[..., Tensor] | None = None, report: Callable[[str], Any] = print) -> list[str]:
     """Measure every tile for x (M, K) by w (N, K), without and with a bias, and keep the fastest; returns the new keys.
 
     Args:
         m, n, k: sizes of the problem.
+        cublas: an int8_mm of operands with their batch dimension, to be measured too, or None.
         report: called with a line for each tile.
 
     Raises:
@@ -74,7 +78,8 @@ def tune(m: int, n: int, k: int, report: Callable[[str], Any] = print) -> list[s
     device = torch.cuda.current_device()
     x, w = (torch.randint(-127, 128, (rows, k), device="cuda", dtype=torch.int8) for rows in (m, n))
     xs, ws, bias = torch.rand(m, device="cuda"), torch.rand(n, device="cuda"), torch.randn(n, device="cuda").bfloat16()
-    chosen: dict[str, list[Any]] = {}
+    chosen: dict[str, list[Any] | None] = {}
+    best = float("inf")
     kernels: list[tuple[str, dict[str, Any], Callable[..., Tensor]]] = []
     if hopper.why_not("cuda", k) is None:
         tiles = {name: t for name, t in hopper.TILES.items() if m > 64 or t.consumers == 1}
@@ -87,6 +92,11 @@ def tune(m: int, n: int, k: int, report: Callable[[str], Any] = print) -> list[s
             key = _key(kernel, m, n, k, b is None)
             times = _measured(key, {name: functools.partial(run, c, b) for name, c in candidates.items()}, run(None, b), report)
             chosen[key] = list(candidates[min(times, key=times.__getitem__)])
+            best = min(best, *times.values()) if b is None else best
+    if cublas is not None:
+        key, want = _key(CUBLAS, m, n, k, True), int8_mm.int8_mm(*one, None, torch.bfloat16)[0]
+        took = _measured(key, {CUBLAS: lambda: cublas(*one, None, torch.bfloat16)[0]}, want, report)[CUBLAS]
+        chosen[key] = [CUBLAS] if took < best else None
     _keep(device, chosen)
     return list(chosen)
 
@@ -106,9 +116,10 @@ def _measured(key: str, runs: dict[str, Callable[[], Tensor]], want: Tensor, rep
     return times
 
 
-def _keep(device: int, chosen: dict[str, list[Any]]) -> None:
+def _keep(device: int, chosen: dict[str, list[Any] | None]) -> None:
+    """Write what was chosen; None takes an entry away."""
     _table.cache_clear()
-    table = {**_table(device), **chosen}
+    table = {key: value for key, value in {**_table(device), **chosen}.items() if value is not None}
     file = path(device)
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(f".{os.getpid()}")  # renamed when whole: several processes may tune

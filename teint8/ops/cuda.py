@@ -167,7 +167,9 @@ def tune(sizes: list[tuple[int, int, int]]) -> str:
     from teint8.kernels import tuned
 
     for m, n, k in sizes:
-        tuned.tune(m, n, k)
+        problem = Problem("cuda", torch.bfloat16, 1, m, n, k)
+        tuned.tune(m, n, k, None if _cublas_why_not(problem) else _cublas)
+    registry.choose_anew()
     return str(tuned.path(torch.cuda.current_device()))
 
 
@@ -231,6 +233,17 @@ def _cublas_why_not(problem: Problem) -> str | None:
     return None
 
 
+def _measured_why_not(problem: Problem) -> str | None:
+    """cuBLAS goes before every kernel of ours where it was measured to be faster on this machine."""
+    reason = _cublas_why_not(problem) or why_not_triton()
+    if reason is not None:
+        return reason
+    from teint8.kernels import tuned
+
+    wins = tuned.found(tuned.CUBLAS, torch.cuda.current_device(), problem.m, problem.n, problem.k) is not None
+    return None if wins else "it was not measured to be the fastest here: python -m teint8 tune M,N,K"
+
+
 def _interpreter_why_not(problem: Problem) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install triton"
@@ -241,6 +254,7 @@ def register_all() -> None:
     """Register Triton for GPUs, and its interpreter, which runs only when asked for by name."""
     register("int8_mm", "triton-hopper", _hopper, device="cuda", priority=30, why_not=_hopper_why_not, flat=True, adds=True)
     register("int8_mm", "cublas", _cublas, device="cuda", priority=15, why_not=_cublas_why_not)
+    register("int8_mm", "cublas-measured", _cublas, device="cuda", priority=40, why_not=_measured_why_not)
     for op, run in (
         ("quantize", _quantize), ("int8_mm", _int8_mm), ("quantize_both", _quantize_both), ("activation", _activation),
     ):  # fmt: skip

@@ -127,13 +127,18 @@ def register(
     added = Implementation(op, name, run, device, priority, why_not, flat, adds, pairs)
     others = [i for i in _implementations[op] if i.name != name]
     _implementations[op] = sorted([*others, added], key=lambda i: -i.priority)
-    _selected.clear()
-    _registered[0] += 1
+    choose_anew()
     return added
 
 
+def choose_anew() -> None:
+    """Forget which implementation was chosen for which problem: what they can run has changed."""
+    _selected.clear()
+    _registered[0] += 1
+
+
 def generation() -> int:
-    """A number that grows with each registration: what was chosen under an older one may be chosen anew."""
+    """A number that grows when there is something to choose anew."""
     return _registered[0]
 
 
