@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 RESULTS = pathlib.Path(__file__).parent / "results"
+"""What the docs quote: written only by ``--out benchmarks/results``."""
+OUT = pathlib.Path(__file__).parent.parent / "build" / "benchmarks"
 
 
 def milliseconds(run: Callable[[], Any], seconds: float = 0.4) -> float:
@@ -151,7 +153,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join("  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in cells)
 
 
-def save(name: str, rows: list[dict[str, Any]], folder: pathlib.Path = RESULTS, **more: Any) -> None:
+def save(name: str, rows: list[dict[str, Any]], folder: pathlib.Path = OUT, **more: Any) -> None:
     """Print the table and write ``folder/name.json``, with what else is given."""
     print(table(rows), flush=True)
     folder.mkdir(parents=True, exist_ok=True)
@@ -159,8 +161,8 @@ def save(name: str, rows: list[dict[str, Any]], folder: pathlib.Path = RESULTS, 
 
 
 def output_folder(doc: str | None) -> pathlib.Path:
-    """The folder that ``--out`` names, RESULTS unless given."""
+    """The folder that ``--out`` names, OUT unless given."""
     parser = argparse.ArgumentParser(description=doc)
-    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
+    parser.add_argument("--out", type=pathlib.Path, default=OUT)
     folder: pathlib.Path = parser.parse_args().out
     return folder

@@ -18,7 +18,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "tests"))
 
 import minilm
 import torch
-from common import RESULTS, save
+from common import OUT, save
 from torch import nn
 
 import teint8
@@ -76,5 +76,5 @@ def main(folder: pathlib.Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
+    parser.add_argument("--out", type=pathlib.Path, default=OUT)
     main(parser.parse_args().out)

@@ -8,7 +8,7 @@ import pathlib
 
 import torch
 import torch.nn.functional as F
-from common import RESULTS, alternating, differing, graphed, milliseconds, save
+from common import OUT, alternating, differing, graphed, milliseconds, save
 
 from teint8 import ops
 from teint8.kernels import hopper
@@ -63,7 +63,7 @@ def sweep() -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
+    parser.add_argument("--out", type=pathlib.Path, default=OUT)
     parser.add_argument("--sweep", action="store_true")
     arguments = parser.parse_args()
     if arguments.sweep:

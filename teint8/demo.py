@@ -1,4 +1,4 @@
-"""The demo: the quick start's transformer on scikit-learn's real digits; float, INT8 as it is, QAT, INT8 after QAT."""
+"""The demo: a transformer like the quick start's, wider, on scikit-learn's real digits; float, INT8 as it is, QAT, INT8 after QAT."""
 
 import statistics
 import sys
