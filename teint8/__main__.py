@@ -43,7 +43,7 @@ def _tune(sizes: list[tuple[int, int, int]]) -> int:
 
     try:
         print(f"kept in {cuda.tune(sizes)}")
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         print(error)
         return 1
     return 0

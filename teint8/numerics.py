@@ -151,7 +151,8 @@ def noise(rows: int, columns: int, seed: Tensor) -> Tensor:
     An element depends on its seed, its row within the rows of that seed and its column alone, so that noise does not
     change with tiling and replays when a forward is run again. Rows and columns have odd keys, whose product modulo 2^32 makes
     the element (multiplicative hashing: Dietzfelbinger et al., 1997). ``seed ^ 1`` gives the transpose, so that a tensor that is
-    quantized by row and by column takes one noise for both. ``tests/test_contract.py`` holds the correlations down.
+    quantized by row and by column takes one noise for both: seeds 2 i and 2 i + 1 are partners, and independent draws take others.
+    ``tests/test_contract.py`` holds the correlations down.
 
     Args:
         rows, columns: the shape. seed: int64 (S,), with rows a multiple of S.
@@ -166,7 +167,7 @@ def noise(rows: int, columns: int, seed: Tensor) -> Tensor:
     of_rows = _key(seed.reshape(-1, 1), torch.arange(max(rows // groups, 1), device=seed.device))
     of_columns = _key(seed.reshape(-1, 1) ^ 1, torch.arange(columns, device=seed.device))
     h = (of_rows.unsqueeze(-1) * of_columns.unsqueeze(-2)) & _MASK
-    return (1.0 + (h >> 9).float() * 2.0**-23).reshape(-1, columns)[:rows]
+    return (1.0 + (h >> 9).float() * 2.0**-23).reshape(h.shape[0] * h.shape[1], columns)[:rows]
 
 
 def _key(seed: Tensor, index: Tensor) -> Tensor:

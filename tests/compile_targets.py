@@ -150,6 +150,8 @@ if __name__ == "__main__":
         if arch == 90:
             for name, tile in hopper.TILES.items():
                 gluon(f"hopper {name}", tile, tma=tile.block_n >= 64)
+                if tile is not hopper.HUGE:
+                    gluon(f"hopper {name} without TMA stores", tile, tma=False)
             for tile in {tile for tile, _ in (*hopper.RATES, *hopper.FEW) if tile is not hopper.HUGE}:
                 gluon(f"hopper {tile} with a bias and a residual", tile, tma=tile.block_n >= 64, added=True)
             gluon("hopper split", hopper.SMALL, False, split=2)

@@ -176,6 +176,22 @@ def test_the_cache_follows_the_weights(name: str, edit, device: str) -> None:
     assert name == "to" or not torch.equal(served, first)
 
 
+def test_a_cleared_cache_is_forgotten_by_a_context_that_is_entered_again(device: str) -> None:
+    layer, x = nn.Linear(24, 32, device=device), torch.randn(5, 24, device=device)
+    context = te_int8_autocast(training=False)
+
+    def served() -> torch.Tensor:
+        with torch.no_grad(), context:
+            return layer(x)
+
+    first = served()
+    assert torch.equal(served(), first)
+    layer.weight.data.mul_(2)  # seen by no version counter
+    te_int8_autocast.cache_clear()
+    for _ in range(2):
+        assert torch.equal(served(), teint8.quantize(layer)(dict(layer.named_parameters()), x)) and not torch.equal(served(), first)
+
+
 def test_plans_follow_shapes_dtypes_and_biases() -> None:
     """A call that would be refused is refused again after one like it was served."""
     layer, x = nn.Linear(24, 32), torch.randn(16, 24)

@@ -109,6 +109,13 @@ def test_stochastic_rounding_is_unbiased_and_uniform() -> None:
     assert (ops.quantize(x, seed=torch.tensor(1))[0] == ops.quantize(x, seed=torch.tensor(1))[0]).all()
 
 
+def test_partners_of_a_seed_are_transposes_and_empty_rows_have_scales() -> None:
+    a, b = numerics.noise(40, 30, torch.tensor([6])), numerics.noise(30, 40, torch.tensor([7]))
+    assert torch.equal(a, b.mT)
+    codes, scale = numerics.quantize(torch.empty(3, 0), torch.tensor([1]))
+    assert codes.shape == (3, 0) and scale.tolist() == [0, 0, 0]
+
+
 def test_stochastic_rounding_keeps_absmax_at_127() -> None:
     # x * (127 / x) may be rounded above 127, where the noise must not reach the next code
     x = torch.rand(200_000, 1) + 0.5

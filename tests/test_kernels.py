@@ -77,11 +77,14 @@ def test_activation(shape, dtype, kind, gated, backward, stochastic, wanted, fla
 @pytest.mark.parametrize("columns", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "shape,layout", [((5, 7), "dense"), ((33, 48), "dense"), ((20, 70), "transposed"), ((16, 64), "mixed"), ((1, 1), "dense")]
+    "shape,layout",
+    [((5, 7), "dense"), ((33, 48), "dense"), ((20, 70), "transposed"), ((16, 64), "mixed"), ((1, 1), "dense"), ((6, 32), "expanded")],
 )
 def test_quantize_pair(shape, layout, dtype, columns) -> None:
     a, b = (_values(shape if layout == "dense" else shape[::-1], dtype, f) for f in ("normal", "nan"))
-    if layout != "dense":
+    if layout == "expanded":
+        a, b = a.mT[:1].expand(shape), b.mT.contiguous()
+    elif layout != "dense":
         a, b = a.mT, b.mT.contiguous() if layout == "mixed" else b.mT
     got = raw_both.quantize_pair(a, b, columns=columns, impl=TRITON)
     want = raw_both.quantize_pair(a.cpu(), b.cpu(), columns=columns, impl="reference")
@@ -298,7 +301,11 @@ def test_tiles_of_few_rows_have_one_consumer() -> None:
 
     for m, n, batch in itertools.product((1, 5, 16, 64), (64, 4096, 14336, 100000), (1, 2, 8)):
         assert tile_of(m, n, batch, 132).consumers == 1
-    assert tile_of(16384, 14336, 1, 132) is RATES[0][0]
+    assert tile_of(16384, 14336, 1, 132) is RATES[0][0] and tile_of(16384, 14336, 1, 132, plain=False) is not RATES[0][0]
+    # no tile whose rows or columns past the edges cost more than a smaller tile's
+    for m, n in itertools.product((65, 128, 192, 200, 256, 384, 512, 1000), (4096, 14336, 28672)):
+        tile = tile_of(m, n, 1, 132)
+        assert -(-m // (64 * tile.consumers)) * 64 * tile.consumers <= 1.34 * m or m < 128, (m, n, tile)
 
 
 @gpu

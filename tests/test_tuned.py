@@ -24,14 +24,17 @@ def _cache(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
     hopper.forget_plans()
 
 
-def test_what_is_kept_is_found_for_like_problems_alone() -> None:
+def test_what_is_kept_is_found_for_like_problems_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tuned.found("triton", 0, 100, 64, 32) is None
     tuned._keep(0, {tuned._key("triton", 100, 64, 32, True): list(int8_mm.Config(64, 128, 128, 8, 3))})
     tuned._keep(0, {tuned._key("hopper", 1, 64, 32, False): list(hopper.SMALL)})
-    assert tuned.path(0).name == f"tiles-A-GPU-80-GB-triton-{triton.__version__}.json"
+    assert tuned.path(0).name == f"tiles-1-A-GPU-80-GB-triton-{triton.__version__}.json"
     for m in (65, 100, 128):
         assert int8_mm.Config(*tuned.found("triton", 0, m, 64, 32)) == int8_mm.Config(64, 128, 128, 8, 3)
     assert hopper.Tile(*tuned.found("hopper", 0, 1, 64, 32, plain=False)) == hopper.SMALL
+    assert int8_mm.chosen.__wrapped__(0, 1, 100, 64, 32, True) == int8_mm.Config(64, 128, 128, 8, 3)
+    monkeypatch.setattr(int8_mm, "_major", lambda device: 8)
+    assert int8_mm.chosen.__wrapped__(0, 2, 100, 64, 32, True) == int8_mm.config_of(100, 8)  # a batch has no entry
     for problem in ((64, 64, 32), (129, 64, 32), (100, 65, 32), (100, 64, 33)):
         assert tuned.found("triton", 0, *problem) is None
     assert tuned.found("triton", 0, 100, 64, 32, plain=False) is None and tuned.found("triton", None, 100, 64, 32) is None
@@ -57,11 +60,20 @@ def test_cublas_is_chosen_where_it_was_measured_to_be_faster(monkeypatch: pytest
         registry.choose_anew()
 
 
-@pytest.mark.parametrize("text", ["not JSON", "[1, 2]", json.dumps({"triton 128x64x32": 5})])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "not JSON",
+        "[1, 2]",
+        json.dumps({"triton 128x64x32": 5}),
+        json.dumps({"triton 128x64x32": [1, 2, 3]}),
+        json.dumps({"hopper 128x64x32": ["a"] * 8}),
+    ],
+)
 def test_a_broken_file_names_itself(text: str) -> None:
     tuned.path(0).parent.mkdir(parents=True)
     tuned.path(0).write_text(text)
-    with pytest.raises(ValueError, match=r"tiles-A-GPU.*delete it"):
+    with pytest.raises(ValueError, match=r"tiles-1-A-GPU.*delete it"):
         tuned.found("triton", 0, 1, 1, 1)
 
 

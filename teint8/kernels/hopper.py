@@ -46,26 +46,26 @@ HUGE = Tile(3, 256, 3, scales_first=False, group=12, limit=128, registers=160)
 TILES = {"wide": WIDE, "square": SQUARE, "low": LOW, "small": SMALL, "tiny": TINY, "huge": HUGE}
 
 # how fast a tile is where it fills the card, to the second: benchmarks/gemm.py --sweep, and a training step, on an H100 (Triton 3.6).
-# The first reads the least, which counts when power is short: a step of 15.0 ms takes 14.5
-RATES = ((HUGE, 1.03), (WIDE, 1.0), (SQUARE, 0.9), (LOW, 0.8), (SMALL, 0.62))
+# The first reads the least, which counts when power is short
+RATES = ((HUGE, 1.04), (WIDE, 1.0), (SQUARE, 0.9), (LOW, 0.8), (SMALL, 0.62))
 FEW = ((SMALL, 1.0), (TINY, 0.85), (LOW, 0.8))
 """Up to 64 rows: bound by reading the weight, at 4 to 64 rows of it by 4096 and by 14336 channels on an H100."""
 
 
 def tile_of(m: int, n: int, batch: int, programs: int, plain: bool = True) -> Tile:
-    """The tile for a problem: its rate, times how full the last wave of tiles leaves the card. No result depends on it.
+    """The tile for a problem: the least time for its waves of tiles, whole ones at the edges too. No result depends on it.
 
     Args:
-        plain: there is no bias and no residual, for which the largest tile has no registers.
+        plain: there is no bias and no residual, and TMA stores the result: for more the largest tile has no registers.
 
     """
 
-    def speed(choice: tuple[Tile, float]) -> float:
+    def time(choice: tuple[Tile, float]) -> float:
         tile, rate = choice
         tiles = batch * -(-m // (64 * tile.consumers)) * -(-n // tile.block_n)
-        return rate * tiles / (-(-tiles // programs) * programs)
+        return -(-tiles // programs) * tile.consumers * tile.block_n / rate
 
-    return max((choice for choice in (RATES if m > 64 else FEW) if plain or choice[0] is not HUGE), key=speed)[0]
+    return min((choice for choice in (RATES if m > 64 else FEW) if plain or choice[0] is not HUGE), key=time)[0]
 
 
 def split_of(tiles: int, k: int, programs: int) -> int:
@@ -212,8 +212,10 @@ def _planned(
     if y.ndim > xq.ndim and (m > 64 or (tile is not None and tile.consumers > 1)):
         raise ValueError(f"hopper: two weights by {m} rows with {tile}; up to 64 rows and one consumer are needed")
     count = programs(xq.device.index)
-    plain = bias is None and residual is y
+    # TMA writes rows of 16 bytes; in a batch it drops what is past the end of the last matrix alone
+    tma = y.dtype != torch.float32 and n % 8 == 0 and (batch == 1 or m % 64 == 0)
     if tile is None:
+        plain = tma and bias is None and residual is y
         from teint8.kernels import tuned  # imports this file
 
         known = tuned.found("hopper", xq.device.index, m, n, xq.shape[-1], plain) if batch == 1 else None
@@ -234,9 +236,7 @@ def _planned(
         residual.stride(0),
         residual.stride(-2),
     )
-    # TMA writes rows of 16 bytes; in a batch it drops what is past the end of the last matrix alone
-    tma_store = y.dtype != torch.float32 and n % 8 == 0 and (batch == 1 or m % 64 == 0) and tile.block_n >= 64
-    return _Plan(tile, (min(count, tiles * split), 1, 1), tma_store and split == 1, strides, split)
+    return _Plan(tile, (min(count, tiles * split), 1, 1), tma and tile.block_n >= 64 and split == 1, strides, split)
 
 
 def _rows_of_tile(rows: int) -> int:

@@ -54,9 +54,9 @@ def _pieces(x: Tensor) -> list[Tensor]:
 
 
 def dense(x: Tensor) -> Tensor:
-    """x as the kernels read it: float32 or less, rows contiguous."""
+    """x as the kernels read it: float32 or less, rows contiguous, no row for several."""
     x = x.float() if x.dtype == torch.float64 else x
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return x if x.stride(-1) == 1 and 0 not in x.stride() else x.contiguous()
 
 
 def alike(u: Tensor | None, g: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -32,25 +33,37 @@ _CONFIGS = tuple(
 
 def path(device: int) -> pathlib.Path:
     """The file for a GPU."""
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")) / "teint8"
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "teint8"
     name = re.sub(r"[^A-Za-z0-9]+", "-", torch.cuda.get_device_name(device))
-    return cache / f"tiles-{name}-triton-{triton.__version__}.json"
+    return cache / f"tiles-1-{name}-triton-{triton.__version__}.json"  # 1: of the fields of Tile and Config
 
 
 @functools.cache
 def _table(device: int) -> dict[str, Any]:
     file = path(device)
-    if not file.exists():
-        return {}
     try:
         table = json.loads(file.read_text())
-        if not isinstance(table, dict) or not all(isinstance(v, list) for v in table.values()):
-            raise ValueError("an object of lists is needed")
+        wrong = ["the whole"] if not isinstance(table, dict) else [key for key, fields in table.items() if not _fits(key, fields)]
+        if wrong:
+            raise ValueError(f"{wrong[0]} is not what teint8 writes")
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        warnings.warn(f"teint8: tiles that were tuned cannot be read, those of the table run: {error}", stacklevel=2)
+        return {}
     except ValueError as error:
-        raise ValueError(
-            f"{file} does not hold tiles that teint8 measured ({error}); delete it, or run python -m teint8 tune"
-        ) from error
+        raise ValueError(f"{file} does not hold tiles that teint8 measured ({error}); delete it") from error
     return table
+
+
+def _fits(key: str, fields: Any) -> bool:
+    """Whether an entry has the fields of its kernel's tile, all of them numbers."""
+    kernel = key.partition(" ")[0]
+    if kernel == CUBLAS:
+        return bool(fields == [CUBLAS])
+    kinds = {"hopper": hopper.Tile, "triton": int8_mm.Config}
+    known = kernel in kinds and isinstance(fields, list) and len(fields) == len(kinds[kernel]._fields)
+    return known and all(isinstance(field, int) for field in fields)
 
 
 def _key(kernel: str, m: int, n: int, k: int, plain: bool) -> str:
@@ -90,7 +103,8 @@ def tune(m: int, n: int, k: int, cublas: Callable[..., Tensor] | None = None, re
     for kernel, candidates, run in kernels:
         for b in (None, bias):
             key = _key(kernel, m, n, k, b is None)
-            times = _measured(key, {name: functools.partial(run, c, b) for name, c in candidates.items()}, run(None, b), report)
+            fit = {name: c for name, c in candidates.items() if b is None or c is not hopper.HUGE}
+            times = _measured(key, {name: functools.partial(run, c, b) for name, c in fit.items()}, run(None, b), report)
             chosen[key] = list(candidates[min(times, key=times.__getitem__)])
             best = min(best, *times.values()) if b is None else best
     if cublas is not None:

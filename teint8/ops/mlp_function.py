@@ -150,7 +150,7 @@ class _Back(NamedTuple):
         """The gradient by token and, where dW is in INT8, by channel."""
         if not self.how.gradient:
             return None, None
-        if self.how.columns:
+        if self.how.columns and need_w:
             codes = quantize_both(g, seed=self.seed(), impl=self.how.impl)
             return codes[:2], codes[2:]
         return quantize(g, seed=self.seed(), impl=self.how.impl), None
@@ -180,7 +180,7 @@ class _Back(NamedTuple):
         return int8_mm(columns[0], columns[1], activations[0], activations[1], None, self.dtype, self.how.impl)
 
     def wgrads(self, parts: list[_Part], x: Codes, needed: tuple[bool, bool]) -> tuple[Tensor | None, Tensor | None]:
-        """dW of gate and up: halves of one matmul where both are needed."""
+        """dW of gate and up: halves of one matmul, and so of one storage, where both are needed."""
         if all(needed) and len(parts) == 2:
             g, u = parts
             if self.how.columns:

@@ -31,7 +31,7 @@ def quantize(
 
     Args:
         x: (..., K), any float dtype, any strides.
-        seed: int64 () or (S,) for stochastic rounding, else nearest.
+        seed: int64 () or (S,) for stochastic rounding, else nearest; draw it at random, or count by 2 (``numerics.noise`` says why).
         scale: float32, broadcastable to (...), for static quantization.
         group_dims: how many trailing dimensions share a scale: 1 for a scale a row, x.ndim for one in all.
         impl: name of an implementation, "" for the best.

@@ -105,8 +105,11 @@ def all_entries() -> list[Entry]:
 
 
 def forget_all() -> None:
-    """Forget every weight."""
+    """Forget every weight, also where a context that is entered again remembers it."""
     with _lock:
+        for held in list(_held.values()):
+            held.packed.clear()
+            held.steps += 1
         _held.clear()
 
 
