@@ -29,8 +29,8 @@ from teint8.kernels import (
 )
 
 POINTERS = {"seed_ptr": "*i64"}
-INTS = ("tops_ptr", "multipliers_ptr", "sums_ptr")
-FLOATS32 = ("scale_ptr", "given_ptr", "xs_ptr", "ws_ptr", "us_ptr", "scale0_ptr", "scale1_ptr")
+INTS = ("tops_ptr", "sums_ptr")
+FLOATS32 = ("multipliers_ptr", "scale_ptr", "given_ptr", "xs_ptr", "ws_ptr", "us_ptr", "scale0_ptr", "scale1_ptr")
 CODES = ("codes", "x_ptr_i8", "w_ptr", "up_ptr")
 
 
@@ -115,12 +115,12 @@ def kernels(arch: int) -> None:
     ):
         how = dict(KIND=kind, GATED=bool(kind), BACKWARD=backward, EVEN=True, WIDE=False, OUTPUTS=1 + backward, VALUE=value)
         bm, bn, span, stages, warps = blocks.absmax
-        absmax = dict(**how, BLOCK_M=bm, BLOCK_N=bn, SPAN=span, STAGES=stages)
-        core(f"absmax {kind} {backward}", arch, quantize_both_kernels._absmax_kernel, absmax, num_warps=warps)
-        bm, bn, warps = blocks.codes
+        cm, cn, code_warps = blocks.codes
         for stochastic in (False, True):
-            both = dict(**how, STOCHASTIC=stochastic, BLOCK_M=bm, BLOCK_N=bn)
-            core(f"both {kind} {backward} {stochastic}", arch, quantize_both_kernels._both_kernel, both, num_warps=warps)
+            absmax = dict(**how, STOCHASTIC=stochastic, BLOCK_M=bm, BLOCK_N=bn, SPAN=span, STAGES=stages)
+            core(f"absmax {kind} {backward} {stochastic}", arch, quantize_both_kernels._absmax_kernel, absmax, num_warps=warps)
+            both = dict(**how, STOCHASTIC=stochastic, BLOCK_M=cm, BLOCK_N=cn)
+            core(f"both {kind} {backward} {stochastic}", arch, quantize_both_kernels._both_kernel, both, num_warps=code_warps)
     for backward, codes in ((False, True), (True, True), (True, False)):
         block, warps = activation_rows.FOR_CODES if codes else activation_rows.FOR_VALUES
         how = dict(KIND="silu", GATED=True, BACKWARD=backward, OUTPUTS=1 + backward, CODES=codes, VALUES=backward, STOCHASTIC=False)

@@ -105,7 +105,7 @@ class Launch:
         first = () if descriptors is None else descriptors.arguments(described)
         # an address is taken as it is, while the driver is asked about a tensor's
         addresses = [a.data_ptr() if isinstance(a, Tensor) else a for a in args]
-        launch(*grid, _current_stream(args[0].device.index), *before, *first, *addresses, *constants)
+        launch(*grid, current_stream(args[0].device.index), *before, *first, *addresses, *constants)
 
     def __call__(
         self, key: Hashable, grid: tuple[int, int, int], args: tuple[Any, ...], constants: tuple[Any, ...], **options: Any
@@ -120,7 +120,8 @@ class Launch:
 _streams: list[Any] = []  # Triton's own question for the current stream; asked for late, since it wants a driver
 
 
-def _current_stream(device: int) -> int:
+def current_stream(device: int) -> int:
+    """The handle of the current stream of a GPU."""
     if not _streams:
         _streams.append(triton.runtime.driver.active.get_current_stream)
     stream: int = _streams[0](device)

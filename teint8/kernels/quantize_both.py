@@ -14,7 +14,8 @@ from torch import Tensor
 from teint8.kernels.activation import INTERPRETING
 from teint8.kernels.launch import Launch, on
 from teint8.kernels.quantize import between, kind_of
-from teint8.kernels.quantize_both_kernels import _absmax_kernel, _both_kernel, _scales_kernel
+from teint8.kernels.quantize_both_kernels import _absmax_kernel, _both_kernel
+from teint8.kernels.scratch import Zeros
 
 
 class Blocks(NamedTuple):
@@ -37,7 +38,6 @@ BACKWARD = Blocks((16, 64, 512, 3, 2), (32, 64, 2))
 INTERPRETED = Blocks((64, 128, 128, 1, 4), (64, 128, 4))
 
 _absmax = Launch(_absmax_kernel)
-_scales = Launch(_scales_kernel)
 _both = Launch(_both_kernel)
 
 
@@ -49,8 +49,8 @@ def padded(shape: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.empty((*shape[:-1], -(-k // 16) * 16), dtype=torch.int8, device=device)[..., :k]
 
 
-def _pieces(x: Tensor) -> list[Tensor]:
-    return [x[0]] if x.shape[0] == 1 else list(x.unbind())
+def _pieces(count: int, shape: tuple[int, ...], device: torch.device) -> list[Tensor]:
+    return [padded(shape, device)] if count == 1 else list(padded((count, *shape), device).unbind())
 
 
 def dense(x: Tensor) -> Tensor:
@@ -104,45 +104,38 @@ def quantize_both(
     outputs = 2 if gated and backward else 1
     sides = outputs + value  # what has codes by column
     blocks = blocks or (INTERPRETED if INTERPRETING else BACKWARD if backward else FORWARD if kind else PLAIN)
-    # absmax of rows, then of columns, as the bits of float32; later what to multiply with
+    bm, bn, span, stages, warps = blocks.absmax
+    cm, cn, code_warps = blocks.codes
+    grid, code_grid = (-(-n // bn), -(-m // span), batch), (-(-n // cn), -(-m // cm), batch)
+    # groups: rows, then columns; scales, what to multiply with, and where there is noise its keys
     rows = batch * outputs * m
     count = rows + batch * sides * n
-    # behind them the keys of noise, where there is noise
-    tops = torch.zeros(count if seed is None else 2 * count, dtype=torch.int32, device=device)
-    scales = torch.empty(count, dtype=torch.float32, device=device)
+    scales = torch.empty((2 if seed is None else 3) * count, dtype=torch.float32, device=device)
     # side by side: what a matmul wants of all of them it may take as one
-    codes = _pieces(padded((outputs, *lead, m, n), device))
-    tcodes = _pieces(padded((sides, *lead, n, m), device))
+    codes = _pieces(outputs, (*lead, m, n), device)
+    tcodes = _pieces(sides, (*lead, n, m), device)
     strides = (step, g.stride(-2), d.stride(0), d.stride(-2))
     out_strides = (codes[0].stride(0), codes[0].stride(-2), tcodes[0].stride(0), tcodes[0].stride(-2))
     key = (device.index, g.dtype, shape, kind_of(step), strides[1:], kind, gated, backward, value, seed is None, blocks,
            (g.data_ptr() | u.data_ptr() | d.data_ptr()) % 16)  # fmt: skip
-    args = (g, u, d, tops, codes[0], tcodes[0], codes[-1], tcodes[outputs - 1], tcodes[-1], m, n, count)
-    finish = (tops, scales, tops[count:], tops if seed is None else seed.contiguous(), count, rows, m, n)
-    with on(device):
+    with on(device), Zeros(count + batch * (grid[0] + grid[1]), device) as tops:
+        first = (g, u, d, tops, scales, scales if seed is None else seed.contiguous(), m, n, count, *strides)
+        second = (g, u, d, scales, codes[0], tcodes[0], codes[-1], tcodes[outputs - 1], tcodes[-1], m, n, count, *strides, *out_strides)
         if _both.known(key):
-            bm, bn, span = blocks.absmax[:3]
-            _absmax.again(key, (-(-n // bn), -(-m // span), batch), (g, u, d, tops, m, n, *strides))
-            _scales.again(key, (-(-count // 512), 1, 1), finish)
-            bm, bn, _ = blocks.codes
-            _both.again(key, (-(-n // bn), -(-m // bm), batch), (*args, *strides, *out_strides))
+            _absmax.again(key, grid, first)
+            _both.again(key, code_grid, second)
         else:
             how = (kind, gated, backward)
             wide = max(n * out_strides[1], n * out_strides[3], m * max(strides[1], strides[3], out_strides[1])) >= 2**31
-            bm, bn, span, stages, warps = blocks.absmax
-            even = m % span == 0 and n % bn == 0
-            _absmax.first(key, (-(-n // bn), -(-m // span), batch), (g, u, d, tops, m, n, *strides),
-                          (*how, even, wide, outputs, value, bm, bn, span, stages),
+            _absmax.first(key, grid, first,
+                          (*how, m % span == 0 and n % bn == 0, wide, outputs, value, seed is not None, bm, bn, span, stages),
                           num_warps=warps, enable_fp_fusion=False)  # fmt: skip
-            _scales.first(key, (-(-count // 512), 1, 1), finish, (outputs, sides, seed is not None, 512), enable_fp_fusion=False)
-            bm, bn, warps = blocks.codes
-            even = m % bm == 0 and n % bn == 0
-            _both.first(key, (-(-n // bn), -(-m // bm), batch), (*args, *strides, *out_strides),
-                        (*how, even, wide, outputs, value, seed is not None, bm, bn),
-                        num_warps=warps, enable_fp_fusion=False)  # fmt: skip
+            _both.first(key, code_grid, second,
+                        (*how, m % cm == 0 and n % cn == 0, wide, outputs, value, seed is not None, cm, cn),
+                        num_warps=code_warps, enable_fp_fusion=False)  # fmt: skip
     if sides == 1 and not lead:
-        return [codes[0], scales[:m], tcodes[0], scales[m:]]
-    scale, tscale = scales[:rows].view(batch, outputs, m), scales[rows:].view(batch, sides, n)
+        return [codes[0], scales[:m], tcodes[0], scales[m:count]]
+    scale, tscale = scales[:rows].view(batch, outputs, m), scales[rows:count].view(batch, sides, n)
     out: list[Tensor] = []
     for i in range(sides):
         out += [codes[i], scale[:, i].reshape(*lead, m)] if i < outputs else []

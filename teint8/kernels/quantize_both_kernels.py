@@ -61,19 +61,52 @@ def _bits(absmax, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _scale_and_multiplier(top):
+    """Scale and multiplier of a group from the bits of its absmax, as ``numerics.scale_of`` and ``multiplier_of``."""
+    absmax = top.to(tl.float32, bitcast=True)
+    finite = top < 0x7F800000
+    usable = finite & (absmax >= 7.888609052210118e-31)  # 2^-100
+    divisor = tl.where(usable, absmax, 127.0)
+    full = tl.full(top.shape, 127.0, tl.float32)
+    multiplier = tl.where(usable, tl.div_rn(full, divisor), 0.0)
+    scale = tl.where(usable, tl.div_rn(divisor, full), tl.where(finite, 0.0, float("nan")))
+    return scale, multiplier
+
+
+@triton.jit
+def _finish(tops_ptr, scale_ptr, first, index, inside, seed, COUNT, STOCHASTIC: tl.constexpr):
+    """Of groups whose absmax is known: scales, multipliers COUNT behind them and keys of noise behind these; zeros instead of absmax."""
+    at = first + index
+    scale, multiplier = _scale_and_multiplier(tl.load(tops_ptr + at, mask=inside, other=0, cache_modifier=".cg"))
+    tl.store(scale_ptr + at, scale, mask=inside)
+    tl.store(scale_ptr + COUNT + at, shrunk(multiplier, STOCHASTIC), mask=inside)
+    if STOCHASTIC:
+        tl.store(scale_ptr + 2 * COUNT + at, noise_key(mixed_seed(seed), index).to(tl.float32, bitcast=True), mask=inside)
+    tl.store(tops_ptr + at, tl.zeros_like(index), mask=inside)
+
+
+@triton.jit
 def _absmax_kernel(
-    g_ptr, u_ptr, d_ptr, tops_ptr, M, N, stride_gb, stride_gm, stride_db, stride_dm,
+    g_ptr, u_ptr, d_ptr, tops_ptr, scale_ptr, seed_ptr, M, N, COUNT, stride_gb, stride_gm, stride_db, stride_dm,
     KIND: tl.constexpr, GATED: tl.constexpr, BACKWARD: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr, OUTPUTS: tl.constexpr,
-    VALUE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPAN: tl.constexpr, STAGES: tl.constexpr,
+    VALUE: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPAN: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
+    """Absmax of rows (B, OUTPUTS, M), then of columns (B, OUTPUTS + VALUE, N), and of these the scales; COUNT groups in all.
+
+    ``tops_ptr`` points at zeros, and at zeros again afterwards: absmax of the groups, then how many programs are done with each span
+    of rows and with each block of columns. The last one makes their scales.
+    """
     batch = tl.program_id(2).to(tl.int64)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_n = columns < N
     g_ptr += batch * stride_gb
     u_ptr += batch * stride_gb
     d_ptr += batch * stride_db
-    rows_ptr = tops_ptr + batch * OUTPUTS * M
-    columns_ptr = tops_ptr + tl.num_programs(2) * OUTPUTS * M + batch * (OUTPUTS + VALUE) * N
+    first_row = batch * OUTPUTS * M
+    first_column = tl.num_programs(2) * OUTPUTS * M + batch * (OUTPUTS + VALUE) * N
+    rows_ptr = tops_ptr + first_row
+    columns_ptr = tops_ptr + first_column
     top0 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     top1 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     top2 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -98,43 +131,20 @@ def _absmax_kernel(
         tl.atomic_max(columns_ptr + N + columns, _bits(_top(top1, 0), dtype), mask=in_n, sem="relaxed")
     if VALUE:
         tl.atomic_max(columns_ptr + OUTPUTS * N + columns, _bits(_top(top2, 0), dtype), mask=in_n, sem="relaxed")
-
-
-@triton.jit
-def _scale_and_multiplier(top):
-    """Scale and multiplier of a group from the bits of its absmax, as ``numerics.scale_of`` and ``multiplier_of``."""
-    absmax = top.to(tl.float32, bitcast=True)
-    finite = top < 0x7F800000
-    usable = finite & (absmax >= 7.888609052210118e-31)  # 2^-100
-    divisor = tl.where(usable, absmax, 127.0)
-    full = tl.full(top.shape, 127.0, tl.float32)
-    multiplier = tl.where(usable, tl.div_rn(full, divisor), 0.0)
-    scale = tl.where(usable, tl.div_rn(divisor, full), tl.where(finite, 0.0, float("nan")))
-    return scale, multiplier
-
-
-@triton.jit
-def _scales_kernel(
-    tops_ptr, scale_ptr, keys_ptr, seed_ptr, COUNT, ROWS, M, N,
-    OUTPUTS: tl.constexpr, SIDES: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Scales from the bits of absmax, whose place the multipliers take, and keys of noise: once a group instead of once a tile.
-
-    Groups are rows (B, OUTPUTS, M), then columns (B, SIDES, N); the side beyond OUTPUTS is rounded to nearest.
-    """
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    scale, multiplier = _scale_and_multiplier(tl.load(tops_ptr + i, mask=i < COUNT, other=0))
-    tl.store(scale_ptr + i, scale, mask=i < COUNT)
-    if STOCHASTIC:
-        column = i >= ROWS
-        group = tl.where(column, i - ROWS, i)
-        length = tl.where(column, N, M)
-        sides = tl.where(column, SIDES, OUTPUTS)
-        side = group // length % sides
-        seed = tl.load(seed_ptr + group // (length * sides), mask=i < COUNT, other=0) + 2 * side
-        tl.store(keys_ptr + i, noise_key(mixed_seed(tl.where(column, seed ^ 1, seed)), group % length), mask=i < COUNT)
-        multiplier = tl.where(side < OUTPUTS, shrunk(multiplier, True), multiplier)
-    tl.store(tops_ptr + i, multiplier.to(tl.int32, bitcast=True), mask=i < COUNT)
+    tl.debug_barrier()  # what all threads wrote is released by the one that counts
+    seed = tl.load(seed_ptr + batch) if STOCHASTIC else 0
+    spans_ptr = tops_ptr + COUNT + batch * tl.num_programs(1) + tl.program_id(1)
+    if tl.atomic_add(spans_ptr, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+        rows = tl.program_id(1) * SPAN + tl.arange(0, SPAN)
+        for side in tl.static_range(OUTPUTS):
+            _finish(tops_ptr, scale_ptr, first_row + side * M, rows, rows < M, seed + 2 * side, COUNT, STOCHASTIC)
+        tl.store(spans_ptr, 0)
+    blocks_ptr = tops_ptr + COUNT + tl.num_programs(2) * tl.num_programs(1) + batch * tl.num_programs(0) + tl.program_id(0)
+    if tl.atomic_add(blocks_ptr, 1, sem="acq_rel") == tl.num_programs(1) - 1:
+        for side in tl.static_range(OUTPUTS + VALUE):
+            at = first_column + side * N
+            _finish(tops_ptr, scale_ptr, at, columns, in_n, (seed + 2 * side) ^ 1, COUNT, STOCHASTIC and side < OUTPUTS)
+        tl.store(blocks_ptr, 0)
 
 
 @triton.jit
@@ -146,8 +156,8 @@ def _store_both(
 
     ``rows_ptr`` and ``columns_ptr`` are multipliers, and the keys of their noise lie ``keys`` behind them.
     """
-    c = tl.load(columns_ptr + n, mask=in_n, other=0).to(tl.float32, bitcast=True)[None, :]
-    column_key = tl.load(columns_ptr + keys + n, mask=in_n, other=0).to(tl.uint32, bitcast=True)[None, :] if STOCHASTIC else c
+    c = tl.load(columns_ptr + n, mask=in_n, other=0.0)[None, :]
+    column_key = tl.load(columns_ptr + keys + n, mask=in_n, other=0.0).to(tl.uint32, bitcast=True)[None, :] if STOCHASTIC else c
     b0 = x0.to(tl.int32, bitcast=True)
     b1 = b0
     b2 = b0
@@ -157,13 +167,13 @@ def _store_both(
         m = m4 * 4 + j
         in_m = m < M
         if STOCHASTIC:  # one noise for both orientations
-            row_key = tl.load(rows_ptr + keys + m, mask=in_m, other=0).to(tl.uint32, bitcast=True)[:, None]
+            row_key = tl.load(rows_ptr + keys + m, mask=in_m, other=0.0).to(tl.uint32, bitcast=True)[:, None]
             noise = noise_of(row_key, column_key)
         else:
             noise = x
         b = code_bits(x, c, noise, STOCHASTIC)
         if ROWS:
-            r = tl.load(rows_ptr + m, mask=in_m, other=0).to(tl.float32, bitcast=True)[:, None]
+            r = tl.load(rows_ptr + m, mask=in_m, other=0.0)[:, None]
             q = tl.where(r != 0, code_bits(x, r, noise, STOCHASTIC), 0).to(tl.int8)
             at = (m.to(tl.int64) if WIDE else m)[:, None] * stride_cm + n[None, :]
             if EVEN:
