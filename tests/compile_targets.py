@@ -30,7 +30,7 @@ from teint8.kernels import (
 
 POINTERS = {"seed_ptr": "*i64"}
 INTS = ("tops_ptr", "sums_ptr")
-FLOATS32 = ("multipliers_ptr", "scale_ptr", "given_ptr", "xs_ptr", "ws_ptr", "us_ptr", "scale0_ptr", "scale1_ptr")
+FLOATS32 = ("scale_ptr", "given_ptr", "xs_ptr", "ws_ptr", "us_ptr", "scale0_ptr", "scale1_ptr")
 CODES = ("codes", "x_ptr_i8", "w_ptr", "up_ptr")
 
 
@@ -139,8 +139,10 @@ def kernels(arch: int) -> None:
     )
     core("norm", arch, norm._norm_kernel, norms, {"eps": "fp32"}, num_warps=16)
     core("dequantize", arch, dequantize._dequantize_kernel, dict(BLOCK_M=16, BLOCK_K=512), num_warps=4)
-    rows = dict(BIAS=True, EVEN_K=True, BLOCK_M=64, BLOCK_N=32, BLOCK_K=128)
-    core("weight_only", arch, weight_only._weight_only_kernel, rows, num_warps=4, num_stages=5)
+    for m, n in ((64, 4096), (64, 14336), (32, 14336)):
+        b = weight_only.blocks_of(m, n, arch // 10)
+        rows = dict(BIAS=True, EVEN_K=True, BLOCK_M=m, BLOCK_N=b.block_n, BLOCK_K=b.block_k)
+        core(f"weight_only {m} {n}", arch, weight_only._weight_only_kernel, rows, num_warps=4, num_stages=b.stages)
     core("finish", arch, finish._finish_kernel, dict(PARTS=2, BIAS=True, BLOCK=512), num_warps=2)
 
 

@@ -1,5 +1,6 @@
 """Kernels that the contract suite does not reach through ops alone: both orientations, activations, few rows, each tile of a table."""
 
+import concurrent.futures
 import itertools
 import random
 
@@ -340,6 +341,71 @@ def test_under_cuda_graphs(m) -> None:
         graph.replay()
         torch.cuda.synchronize()
         assert different(y, run()) == 0
+
+
+def _held_scratch() -> list:
+    from teint8.kernels import scratch
+
+    torch.cuda.synchronize()
+    return list(scratch._held.values())
+
+
+@gpu
+def test_scratch_memory_is_left_zeroed() -> None:
+    from teint8.kernels import scratch
+
+    for m, n, stochastic in itertools.product((1, 52, 700), (1, 40, 130, 1000), (False, True)):
+        x = _values((m, n), torch.bfloat16)
+        for _ in range(3):
+            raw_both.quantize_both(x, seed=torch.tensor(5, device="cuda") if stochastic else None)
+        raw_both.activation(x, x, x, kind="silu", rows=True, columns=True, value_columns=True)
+        assert _held_scratch() and not any(zeros.any() for zeros in _held_scratch())
+    device = torch.device("cuda", torch.cuda.current_device())
+    scratch._held.clear()
+    with pytest.raises(KeyboardInterrupt), scratch.Zeros(100, device) as zeros:
+        zeros.fill_(1)
+        raise KeyboardInterrupt
+    assert not _held_scratch()  # what an error left behind is not used again
+    with scratch.Zeros(100, device) as first, scratch.Zeros(100, device) as second:
+        assert first.data_ptr() != second.data_ptr()  # as two threads at once
+
+
+@gpu
+def test_threads_and_streams_do_not_share_scratch_memory() -> None:
+    inputs = [_values((400 + 50 * i, 300), torch.bfloat16) for i in range(6)]
+    want = [raw_both.quantize_both(x, impl="reference") for x in inputs]
+    torch.cuda.synchronize()
+
+    def work(i: int) -> int:
+        wrong = 0
+        with torch.cuda.stream(torch.cuda.Stream() if i % 2 else torch.cuda.default_stream()):
+            for _ in range(30):
+                got = raw_both.quantize_both(inputs[i])
+                wrong += sum(different(a, b) for a, b in zip(got, want[i], strict=True))
+        return wrong
+
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(work, range(6))) == [0] * 6
+
+
+@gpu
+def test_a_training_step_under_cuda_graphs() -> None:
+    x, weights = _values((192, 256), torch.bfloat16), [_values(s, torch.bfloat16) for s in ((512, 256), (512, 256), (256, 512))]
+    leaves = [t.requires_grad_() for t in (x, *weights)]
+    run = lambda: torch.autograd.grad(ops.gated_mlp(x, *weights, gradient="nearest"), leaves, torch.ones_like(x))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        grads = run()
+    for _ in range(3):
+        with torch.no_grad():
+            x.copy_(_values((192, 256), torch.bfloat16))
+        graph.replay()
+        assert [different(a, b) for a, b in zip(grads, run(), strict=True)] == [0] * 4
 
 
 @gpu

@@ -75,9 +75,11 @@ def _scale_and_multiplier(top):
 
 @triton.jit
 def _finish(tops_ptr, scale_ptr, first, index, inside, seed, COUNT, STOCHASTIC: tl.constexpr):
-    """Of groups whose absmax is known: scales, multipliers COUNT behind them and keys of noise behind these; zeros instead of absmax."""
+    """Of groups whose absmax is known: scales, multipliers COUNT behind them, keys of noise behind these, and zeros for absmax."""
     at = first + index
-    scale, multiplier = _scale_and_multiplier(tl.load(tops_ptr + at, mask=inside, other=0, cache_modifier=".cg"))
+    top = tl.load(tops_ptr + at, mask=inside, other=0, cache_modifier=".cg")
+    tl.debug_barrier()  # several threads may hold an element: each has read it before one writes the zero
+    scale, multiplier = _scale_and_multiplier(top)
     tl.store(scale_ptr + at, scale, mask=inside)
     tl.store(scale_ptr + COUNT + at, shrunk(multiplier, STOCHASTIC), mask=inside)
     if STOCHASTIC:
@@ -149,15 +151,15 @@ def _absmax_kernel(
 
 @triton.jit
 def _store_both(
-    x0, x1, x2, x3, m4, n, in_n, M, codes_ptr, tcodes_ptr, rows_ptr, columns_ptr, keys, stride_cm, stride_tn,
+    x0, x1, x2, x3, m4, n, in_n, M, codes_ptr, tcodes_ptr, rows_ptr, columns_ptr, COUNT, stride_cm, stride_tn,
     EVEN: tl.constexpr, WIDE: tl.constexpr, STOCHASTIC: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Row codes (with ROWS) of four interleaved sets of rows, and their transposed column codes packed into words.
 
-    ``rows_ptr`` and ``columns_ptr`` are multipliers, and the keys of their noise lie ``keys`` behind them.
+    ``rows_ptr`` and ``columns_ptr`` are multipliers, and the keys of their noise lie COUNT behind them.
     """
     c = tl.load(columns_ptr + n, mask=in_n, other=0.0)[None, :]
-    column_key = tl.load(columns_ptr + keys + n, mask=in_n, other=0.0).to(tl.uint32, bitcast=True)[None, :] if STOCHASTIC else c
+    column_key = tl.load(columns_ptr + COUNT + n, mask=in_n, other=0.0).to(tl.uint32, bitcast=True)[None, :] if STOCHASTIC else c
     b0 = x0.to(tl.int32, bitcast=True)
     b1 = b0
     b2 = b0
@@ -167,7 +169,7 @@ def _store_both(
         m = m4 * 4 + j
         in_m = m < M
         if STOCHASTIC:  # one noise for both orientations
-            row_key = tl.load(rows_ptr + keys + m, mask=in_m, other=0.0).to(tl.uint32, bitcast=True)[:, None]
+            row_key = tl.load(rows_ptr + COUNT + m, mask=in_m, other=0.0).to(tl.uint32, bitcast=True)[:, None]
             noise = noise_of(row_key, column_key)
         else:
             noise = x
@@ -200,7 +202,7 @@ def _store_both(
 
 @triton.jit
 def _both_kernel(
-    g_ptr, u_ptr, d_ptr, multipliers_ptr, codes0_ptr, tcodes0_ptr, codes1_ptr, tcodes1_ptr, tcodes2_ptr, M, N, keys,
+    g_ptr, u_ptr, d_ptr, scale_ptr, codes0_ptr, tcodes0_ptr, codes1_ptr, tcodes1_ptr, tcodes2_ptr, M, N, COUNT,
     stride_gb, stride_gm, stride_db, stride_dm, stride_cb, stride_cm, stride_tb, stride_tn,
     KIND: tl.constexpr, GATED: tl.constexpr, BACKWARD: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr, OUTPUTS: tl.constexpr,
     VALUE: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -217,8 +219,8 @@ def _both_kernel(
     g_ptr += batch * stride_gb
     u_ptr += batch * stride_gb
     d_ptr += batch * stride_db
-    rows_ptr = multipliers_ptr + batch * OUTPUTS * M
-    columns_ptr = multipliers_ptr + tl.num_programs(2) * OUTPUTS * M + batch * (OUTPUTS + VALUE) * N
+    rows_ptr = scale_ptr + COUNT + batch * OUTPUTS * M  # multipliers, as _finish left them
+    columns_ptr = scale_ptr + COUNT + tl.num_programs(2) * OUTPUTS * M + batch * (OUTPUTS + VALUE) * N
     codes0_ptr += batch * stride_cb
     tcodes0_ptr += batch * stride_tb
     first0, second0, value0 = _rows_of(
@@ -234,18 +236,18 @@ def _both_kernel(
         g_ptr, u_ptr, d_ptr, m4 * 4 + 3, n, M, in_n, stride_gm, stride_dm, KIND, GATED, BACKWARD, EVEN, WIDE
     )
     _store_both(
-        first0, first1, first2, first3, m4, n, in_n, M, codes0_ptr, tcodes0_ptr, rows_ptr, columns_ptr, keys,
+        first0, first1, first2, first3, m4, n, in_n, M, codes0_ptr, tcodes0_ptr, rows_ptr, columns_ptr, COUNT,
         stride_cm, stride_tn, EVEN, WIDE, STOCHASTIC, True,
     )  # fmt: skip
     if OUTPUTS == 2:
         _store_both(
             second0, second1, second2, second3, m4, n, in_n, M, codes1_ptr + batch * stride_cb, tcodes1_ptr + batch * stride_tb,
-            rows_ptr + M, columns_ptr + N, keys, stride_cm, stride_tn, EVEN, WIDE, STOCHASTIC, True,
+            rows_ptr + M, columns_ptr + N, COUNT, stride_cm, stride_tn, EVEN, WIDE, STOCHASTIC, True,
         )  # fmt: skip
     if VALUE:  # to nearest: it is an activation of the forward
         _store_both(
             value0, value1, value2, value3, m4, n, in_n, M, codes0_ptr, tcodes2_ptr + batch * stride_tb, rows_ptr,
-            columns_ptr + OUTPUTS * N, keys, stride_cm, stride_tn, EVEN, WIDE, False, False,
+            columns_ptr + OUTPUTS * N, COUNT, stride_cm, stride_tn, EVEN, WIDE, False, False,
         )  # fmt: skip
 
 
