@@ -186,7 +186,8 @@ def int8_mm(
         plan = _plans[key] = _planned(xq, xs, y, ws, bias, r, tile, split)
     batch, m, k = shape if len(shape) == 3 else (1 if up is None else 2, *shape)
     n = y.shape[-1]
-    x2, w2, y2 = (xq, wq, y.view(-1, n)) if len(shape) == 2 else (_rows(xq), _rows(wq), y.view(batch * m, n))
+    x2, w2 = (xq, wq) if len(shape) == 2 else (_rows(xq), _rows(wq))
+    y2 = y if y.ndim == 2 else y.view(-1, n)
     out = y if plan.split == 1 else torch.empty((plan.split, m, n), dtype=torch.int32, device=device)
     rest = (out, xs, ws, us, b, b if ub is None else ub, r, m, n, k, batch, *plan.strides)
     launch = _launch()

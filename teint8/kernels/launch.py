@@ -18,6 +18,7 @@ from torch import Tensor
 HOLDS = triton.__version__.split(".")[:2] == ["3", "6"]
 """Whether kernels are held: the launcher's arguments are an internal of Triton, and were looked at in these versions alone."""
 
+_NUMBERS = frozenset((int, float))
 _LIMIT = 4096  # keys held for one kernel: problems of a program are few, those of a stream of sentences are not
 
 
@@ -30,7 +31,7 @@ _NOTHING = contextlib.nullcontext()
 
 
 class Descriptors:
-    """TMA descriptors of a launch's first arguments, made once for each address, shape and strides that a tensor had.
+    """TMA descriptors of a launch's first arguments, made once for each address and row stride that a tensor had.
 
     Args:
         metas: what the compiled kernel wants to know of each (swizzling, block), as Triton's own launcher reads it.
@@ -41,13 +42,14 @@ class Descriptors:
         self.metas, self.made = metas, {}  # type: tuple[list[dict[str, Any]], dict[Hashable, list[Any]]]
 
     def arguments(self, tensors: tuple[Tensor, ...]) -> list[Any]:
-        """What the launcher takes for these tensors, whose last strides are 1."""
+        """What the launcher takes for these matrices, whose last strides are 1, and whose shapes are those of the first launch."""
         out: list[Any] = []
         for i, x in enumerate(tensors):
-            address, shape, strides = x.data_ptr(), x.shape, x.stride()
-            key = (i, address, shape, strides)
+            address = x.data_ptr()
+            key = (i, address, x.stride(0))
             known = self.made.get(key)
             if known is None:
+                shape, strides = x.shape, x.stride()
                 if len(self.made) >= _LIMIT:
                     self.made.clear()
                 meta = self.metas[i]
@@ -104,7 +106,7 @@ class Launch:
         launch, before, descriptors, constants = self.held[key]
         first = () if descriptors is None else descriptors.arguments(described)
         # an address is taken as it is, while the driver is asked about a tensor's
-        addresses = [a.data_ptr() if isinstance(a, Tensor) else a for a in args]
+        addresses = [a if type(a) in _NUMBERS else a.data_ptr() for a in args]
         launch(*grid, current_stream(args[0].device.index), *before, *first, *addresses, *constants)
 
     def __call__(

@@ -6,7 +6,7 @@ down. The kernels are in ``quantize_both_kernels.py``.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,7 +46,11 @@ def padded(shape: tuple[int, ...], device: torch.device) -> Tensor:
     k = shape[-1]
     if k % 16 == 0:
         return torch.empty(shape, dtype=torch.int8, device=device)
-    return torch.empty((*shape[:-1], -(-k // 16) * 16), dtype=torch.int8, device=device)[..., :k]
+    return torch.empty((*shape[:-1], _up_to_16(k)), dtype=torch.int8, device=device)[..., :k]
+
+
+def _up_to_16(k: int) -> int:
+    return -(-k // 16) * 16
 
 
 def _pieces(count: int, shape: tuple[int, ...], device: torch.device) -> list[Tensor]:
@@ -65,6 +69,48 @@ def alike(u: Tensor | None, g: Tensor) -> Tensor:
         return g
     u = dense(u)
     return u if u.stride() == g.stride() else torch.empty_strided(g.shape, g.stride(), dtype=g.dtype, device=g.device).copy_(u)
+
+
+class _Plan(NamedTuple):
+    """What sources of one shape come to.
+
+    Attributes:
+        outputs: tensors with codes by row. sides: those with codes by column.
+        rows: groups that are rows. count: groups in all; there are scales of each, multipliers, and keys where there is noise.
+
+    """
+
+    lead: tuple[int, ...]
+    m: int
+    n: int
+    batch: int
+    outputs: int
+    sides: int
+    rows: int
+    count: int
+    blocks: Blocks
+    grid: tuple[int, int, int]
+    code_grid: tuple[int, int, int]
+    out_strides: tuple[int, int, int, int]
+
+
+_plans: dict[Any, _Plan] = {}
+
+
+def _blocks_of(kind: str, backward: bool) -> Blocks:
+    return INTERPRETED if INTERPRETING else BACKWARD if backward else FORWARD if kind else PLAIN
+
+
+def _planned(shape: tuple[int, ...], outputs: int, value: bool, blocks: Blocks) -> _Plan:
+    *lead, m, n = shape
+    batch, sides = math.prod(lead), outputs + value
+    rows = batch * outputs * m
+    _, bn, span, _, _ = blocks.absmax
+    cm, cn, _ = blocks.codes
+    code_stride, tcode_stride = _up_to_16(n), _up_to_16(m)
+    out_strides = (m * code_stride if lead else code_stride, code_stride, n * tcode_stride if lead else tcode_stride, tcode_stride)
+    return _Plan(tuple(lead), m, n, batch, outputs, sides, rows, rows + batch * sides * n, blocks, (-(-n // bn), -(-m // span), batch),
+                 (-(-n // cn), -(-m // cm), batch), out_strides)  # fmt: skip
 
 
 def quantize_both(
@@ -92,8 +138,6 @@ def quantize_both(
 
     """
     shape, device = g.shape if pair is None else (2, *g.shape), g.device
-    *lead, m, n = shape
-    batch = math.prod(lead)
     g = dense(g)
     gated, backward = u is not None, d is not None
     u, d = alike(u, g), g if d is None else dense(d)
@@ -101,23 +145,19 @@ def quantize_both(
     if pair is not None:
         pair = alike(pair, g)
         step = between(g, pair)
-    outputs = 2 if gated and backward else 1
-    sides = outputs + value  # what has codes by column
-    blocks = blocks or (INTERPRETED if INTERPRETING else BACKWARD if backward else FORWARD if kind else PLAIN)
-    bm, bn, span, stages, warps = blocks.absmax
-    cm, cn, code_warps = blocks.codes
-    grid, code_grid = (-(-n // bn), -(-m // span), batch), (-(-n // cn), -(-m // cm), batch)
-    # groups: rows, then columns; scales, what to multiply with, and where there is noise its keys
-    rows = batch * outputs * m
-    count = rows + batch * sides * n
+    strides = (step, g.stride(-2), d.stride(0), d.stride(-2))
+    key = (device.index, g.dtype, shape, kind_of(step), strides[1:], kind, gated, backward, value, seed is None, blocks,
+           (g.data_ptr() | u.data_ptr() | d.data_ptr()) % 16)  # fmt: skip
+    plan = _plans.get(key)
+    if plan is None:
+        if len(_plans) >= 4096:
+            _plans.clear()
+        plan = _plans[key] = _planned(shape, 2 if gated and backward else 1, value, blocks or _blocks_of(kind, backward))
+    lead, m, n, batch, outputs, sides, rows, count, blocks, grid, code_grid, out_strides = plan
     scales = torch.empty((2 if seed is None else 3) * count, dtype=torch.float32, device=device)
     # side by side: what a matmul wants of all of them it may take as one
     codes = _pieces(outputs, (*lead, m, n), device)
     tcodes = _pieces(sides, (*lead, n, m), device)
-    strides = (step, g.stride(-2), d.stride(0), d.stride(-2))
-    out_strides = (codes[0].stride(0), codes[0].stride(-2), tcodes[0].stride(0), tcodes[0].stride(-2))
-    key = (device.index, g.dtype, shape, kind_of(step), strides[1:], kind, gated, backward, value, seed is None, blocks,
-           (g.data_ptr() | u.data_ptr() | d.data_ptr()) % 16)  # fmt: skip
     with on(device), Zeros(count + batch * (grid[0] + grid[1]), device) as tops:
         first = (g, u, d, tops, scales, scales if seed is None else seed.contiguous(), m, n, count, *strides)
         second = (g, u, d, scales, codes[0], tcodes[0], codes[-1], tcodes[outputs - 1], tcodes[-1], m, n, count, *strides, *out_strides)
@@ -127,12 +167,13 @@ def quantize_both(
         else:
             how = (kind, gated, backward)
             wide = max(n * out_strides[1], n * out_strides[3], m * max(strides[1], strides[3], out_strides[1])) >= 2**31
+            bm, bn, span, stages, warps = blocks.absmax
             _absmax.first(key, grid, first,
                           (*how, m % span == 0 and n % bn == 0, wide, outputs, value, seed is not None, bm, bn, span, stages),
                           num_warps=warps, enable_fp_fusion=False)  # fmt: skip
-            _both.first(key, code_grid, second,
-                        (*how, m % cm == 0 and n % cn == 0, wide, outputs, value, seed is not None, cm, cn),
-                        num_warps=code_warps, enable_fp_fusion=False)  # fmt: skip
+            bm, bn, warps = blocks.codes
+            _both.first(key, code_grid, second, (*how, m % bm == 0 and n % bn == 0, wide, outputs, value, seed is not None, bm, bn),
+                        num_warps=warps, enable_fp_fusion=False)  # fmt: skip
     if sides == 1 and not lead:
         return [codes[0], scales[:m], tcodes[0], scales[m:count]]
     scale, tscale = scales[:rows].view(batch, outputs, m), scales[rows:count].view(batch, sides, n)
