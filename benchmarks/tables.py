@@ -1,16 +1,19 @@
-"""Write the tables of docs/performance.md from the JSON in benchmarks/results: python benchmarks/tables.py.
+"""Write the tables of docs/performance.md and of README.md from the JSON in benchmarks/results: python benchmarks/tables.py.
 
-Between the two markers of that page everything comes from here; tests/test_readme.py holds it to the JSON.
+Between the markers of these pages everything comes from here; tests/test_readme.py holds it to the JSON.
 """
 
 import json
 import math
 import pathlib
+import re
+from collections.abc import Callable
 from typing import Any
 
 from common import RESULTS
 
-PAGE = pathlib.Path(__file__).parent.parent / "docs" / "performance.md"
+ROOT = pathlib.Path(__file__).parent.parent
+PAGE, README = ROOT / "docs" / "performance.md", ROOT / "README.md"
 BEGIN, END = "<!-- tables: written by benchmarks/tables.py -->", "<!-- end of the tables -->"
 # pages in this order; a file that another version of its script wrote shows the columns it has
 NAMES = ("gemm", "quantize", "linear", "mlp", "decode", "train_step", "block", "memory", "overhead", "gpt", "cpu_minilm")
@@ -43,10 +46,82 @@ def render() -> str:
     return "\n\n".join(table(name) for name in NAMES if (RESULTS / f"{name}.json").exists())
 
 
+def rows_of(name: str) -> list[dict[str, Any]]:
+    """The rows that a benchmark wrote."""
+    rows: list[dict[str, Any]] = json.loads((RESULTS / f"{name}.json").read_text())["rows"]
+    return rows
+
+
+def times(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}x"
+
+
+def _gemm() -> list[list[str]]:
+    rows = [[f"{r['M']}, {r['N']}, {r['K']}", times(r["to bf16"]), times(r["to fp8"])] for r in rows_of("gemm")]
+    return [["M, N, K", "to bf16", "to FP8 tensorwise"], *rows]
+
+
+def _inference() -> list[list[str]]:
+    linear = {(r["tokens"], r["in"], r["out"], r["way"]): r["to bf16"] for r in rows_of("linear")}
+    mlp = {(r["tokens"], r["way"]): r["to compiled"] for r in rows_of("mlp")}
+    rows = [[f"linear {i} to {o}", str(m), times(v), "", times(linear.get((m, i, o, "torchao fp8")))]
+            for (m, i, o, way), v in linear.items() if way == "int8 module"]  # fmt: skip
+    rows += [["SwiGLU MLP", str(m), times(v), times(mlp[m, "int8 fused"]), times(mlp.get((m, "torchao fp8")))]
+             for (m, way), v in mlp.items() if way == "int8 module"]  # fmt: skip
+    return [["work", "tokens", "module", "fused", "torchao fp8"], *rows]
+
+
+def _decode() -> list[list[str]]:
+    few = {(r["tokens"], r["way"]): r["to bf16"] for r in rows_of("decode")}
+    rows = []
+    for m in dict.fromkeys(m for m, _ in few):
+        peers = [f"{way.removeprefix('torchao ')} {times(v)}" for (n, way), v in few.items() if n == m and way.startswith("torchao")]
+        rows.append([str(m), times(few[m, "int8 fused"]), times(few[m, "int8 weights"]), ", ".join(peers)])
+    return [["tokens", "INT8", "INT8 weights, float activations", "torchao"], *rows]
+
+
+def _training() -> list[list[str]]:
+    shown = [r for r in rows_of("train_step") if r["tokens"] == 16384 or r["step"] in ("int8 fused", "int8 module")]
+    rows = [[f"{r['tokens']}, {r['width']}, {r['hidden']}", r["step"], times(r["to bf16 compiled"]), f"{r['gradient error']:.3f}",
+             f"{r['kept to bf16']:.2f}"] for r in shown]  # fmt: skip
+    return [["tokens, width, hidden", "step", "to bf16", "gradient error", "kept for the backward, to eager bf16"], *rows]
+
+
+def _curves() -> list[list[str]]:
+    rows = [[r["recipe"], f"{r['final to bf16']:.3f}", f"{r['held-out to bf16']:.3f}"] for r in rows_of("gpt")]
+    return [["recipe", "last 50 steps", "held-out text"], *rows]
+
+
+def _cpu() -> list[list[str]]:
+    rows = [[str(r["threads"]), f"{r['batch']} x {r['tokens']}", times(r["teint8 / fp32"]), times(r["teint8 / quantize_dynamic"])]
+            for r in rows_of("cpu_minilm")]  # fmt: skip
+    return [["threads", "batch x tokens", "to fp32", "to quantize_dynamic"], *rows]
+
+
+OF_README: dict[str, Callable[[], list[list[str]]]] = {
+    "gemm": _gemm, "inference": _inference, "decode": _decode, "training": _training, "curves": _curves, "cpu": _cpu,
+}  # fmt: skip
+"""The tables of README.md by the name in their markers, their first rows the heads."""
+
+
+def with_tables(text: str) -> str:
+    """A README with the tables as they are to be."""
+    for name, make in OF_README.items():
+        head, *rows = ["| " + " | ".join(cells) + " |" for cells in make()]
+        body = "\n".join([head, "|" + "---|" * (head.count(" | ") + 1), *rows])
+        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+        if len(pattern.findall(text)) != 1:
+            raise ValueError(f"README.md must have {begin} and {end} once")
+        text = pattern.sub(lambda _, block=f"{begin}\n\n{body}\n\n{end}": block, text)
+    return text
+
+
 def main() -> None:
     before, _, rest = PAGE.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
     PAGE.write_text(f"{before}{BEGIN}\n\n{render()}\n\n{END}{after}")
+    README.write_text(with_tables(README.read_text()))
 
 
 if __name__ == "__main__":
