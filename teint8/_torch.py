@@ -1,5 +1,6 @@
 """Every private torch API that teint8 leans on, each with the versions it was seen on (2.11, 2.13) and a test."""
 
+import contextlib
 import inspect
 import sys
 from collections.abc import Callable
@@ -137,3 +138,46 @@ def marks_differentiable() -> bool:
 def storage_uses(storage: torch.UntypedStorage) -> int:
     """How many tensors and views share the memory of a storage, and one for its handle in Python."""
     return int(torch._C._storage_Use_Count(storage._cdata))
+
+
+def inductor(gm: Any, inputs: Any, mode: str | None, options: dict[str, Any]) -> Any:
+    """Compile a graph by Inductor with a mode of torch.compile's and options of Inductor's. Seen on torch 2.11 and 2.13."""
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    patches = {**(list_mode_options(mode) if mode else {}), **{name.replace("-", "_"): value for name, value in options.items()}}
+    return compile_fx(gm, inputs, config_patches=patches)
+
+
+@contextlib.contextmanager
+def without_data(values: Any) -> Any:
+    """A context for a dry run: the values of a graph's inputs as tensors without data, and sizes as numbers, which guards nothing."""
+    with FakeTensorMode() as mode:
+        yield [mode.from_tensor(v, static_shapes=True) if isinstance(v, Tensor) else number(v) if isinstance(v, torch.SymInt) else v
+               for v in values]  # fmt: skip
+
+
+def as_traced(tensors: list[Tensor], others: Any) -> list[Tensor]:
+    """Tensors of fixed shapes as the inputs, beside others, of a graph that is about to be traced."""
+    from torch._guards import detect_fake_mode
+
+    mode = detect_fake_mode(others)
+    return tensors if mode is None else [mode.from_tensor(t, static_shapes=True) for t in tensors]
+
+
+def number(size: Any) -> int:
+    """A size as a number, where it is symbolic the one that it was traced with; nothing is guarded."""
+    return size if type(size) is int else size.node.hint  # type: ignore[no-any-return]
+
+
+def source_name(placeholder: Any) -> str:
+    """The expression by which Dynamo reaches an input of its graph, or its name. Seen on torch 2.11 (a method) and 2.13."""
+    source = getattr(placeholder, "_dynamo_source", None)
+    name = getattr(source, "name", placeholder.name)
+    return str(name() if callable(name) else name)
+
+
+def copy_source(old: Any, new: Any) -> None:
+    """Let an input of a new graph be known by the source of an old one, which AOTAutograd asks for."""
+    if hasattr(old, "_dynamo_source"):
+        new._dynamo_source = old._dynamo_source

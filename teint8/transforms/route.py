@@ -97,7 +97,7 @@ class Route(TorchFunctionMode):
         """The rule for a call."""
         for i, rule in enumerate(self.policy.rules):
             if rule.matches(path, op):
-                if not torch.compiler.is_compiling():
+                if not torch.compiler.is_dynamo_compiling():
                     self.matched.add(i)
                 return rule
         return None
@@ -108,7 +108,7 @@ class Route(TorchFunctionMode):
 
     def finish(self) -> None:
         """Put rules that decided nothing on the receipt; in strict mode raise for them: a misspelt path would pass unseen."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return
         unmatched = self.unmatched()
         if self.receipt is not None:
@@ -152,7 +152,7 @@ class Route(TorchFunctionMode):
             value, bias, cut = shapes.channels(value, bias, rows, rule.weight.granularity)
         x = shapes.align(x, value)
         impl = "reference" if rule.compute == "simulate" else ""
-        if (self.receipt is not None or self.strict) and not torch.compiler.is_compiling():
+        if (self.receipt is not None or self.strict) and not torch.compiler.is_dynamo_compiling():
             ran_as = _ran_as(x, value, rule)
             if self.strict and ran_as == "reference" and rule.compute == "int8":
                 raise ValueError(
@@ -186,7 +186,7 @@ class Route(TorchFunctionMode):
 
     def record(self, path: str, op: str, x: Any, weight: Operand, axis: int, rows: Any, ran_as: str, mode: str, reason: str) -> None:
         """Note one call on the receipt."""
-        if self.receipt is None or torch.compiler.is_compiling():
+        if self.receipt is None or torch.compiler.is_dynamo_compiling():
             return
         shape = weight.value.shape if weight.value.ndim > 1 else (1, *weight.value.shape)
         swapped = weight.transposed and isinstance(weight.value, QTensor)
@@ -194,7 +194,7 @@ class Route(TorchFunctionMode):
         n = n if rows is None else len(range(n)[rows])
         batch = math.prod(shape[:-2])
         m = x.numel() // max(k, 1) if len(shape) == 2 or x.ndim < 2 else x.shape[-2]
-        self.receipt.add((path, op, m, n, k, batch, ran_as, mode, reason))
+        self.receipt.add((path, op, *map(_torch.number, (m, n, k, batch)), ran_as, mode, reason))
 
 
 def _why_float(op: str, rule: Rule | None, x: Any, weight: Operand, axis: int) -> str:
@@ -234,7 +234,8 @@ def _ran_as(x: Tensor, value: Any, rule: Rule) -> str:
         return "dequantized"
     n = value.shape[-2] if not isinstance(value, QTensor) or value.axis == -1 else value.shape[-1]
     problem = problem_of(x, n, value.ndim)
-    problem = problem._replace(dtype=_autocast_dtype(x) or x.dtype)
+    sizes = dict(zip(("batch", "m", "n", "k"), map(_torch.number, (problem.batch, problem.m, problem.n, problem.k)), strict=True))
+    problem = problem._replace(dtype=_autocast_dtype(x) or x.dtype, **sizes)
     return ops.select("int8_mm", problem).name
 
 
