@@ -66,7 +66,7 @@ def backend(gm: fx.GraphModule, inputs: Sequence[Any], *, mode: str | None = Non
     def run(*args: Any) -> Any:
         more: list[Tensor] = []
         for extra in extras:
-            packed = held_of(args[extra.index]).get(args[extra.index], extra.axis, extra.granularity)
+            packed = held_of(args[extra.position]).get(args[extra.position], extra.axis, extra.granularity)
             more += (packed.codes, packed.scale)
         return compiled(*args, *more)
 
@@ -91,7 +91,7 @@ def _read(options: dict[str, Any]) -> tuple[_How, dict[str, Any]]:
 class _Extra(NamedTuple):
     """A weight whose packed form is an input of the compiled graph: its place among the inputs, and how it is packed."""
 
-    index: int
+    position: int
     axis: int
     granularity: str
 
@@ -146,13 +146,13 @@ class _Program:
         """What packed weights the graph wants: found by running it on tensors without data."""
         with _torch.without_data(inputs) as values, torch.no_grad():
             _, route = self.run(values, False, {})
-        return [extra for extra in route.packings if isinstance(inputs[extra.index], torch.nn.Parameter)]
+        return [extra for extra in route.packings if isinstance(inputs[extra.position], torch.nn.Parameter)]
 
     def fakes(self, inputs: Sequence[Any], extras: list[_Extra]) -> list[Any]:
         """Codes and scales without data, for each packed weight."""
         out: list[Any] = []
         for extra in extras:
-            packed = held_of(inputs[extra.index]).get(inputs[extra.index], extra.axis, extra.granularity)
+            packed = held_of(inputs[extra.position]).get(inputs[extra.position], extra.axis, extra.granularity)
             out += (packed.codes, packed.scale)
         return _torch.as_traced(out, inputs)
 
@@ -163,7 +163,7 @@ class _Program:
 
         def int8_graph(*args: Any) -> Any:
             more = args[count:]
-            dtypes = [args[extra.index].dtype for extra in extras]
+            dtypes = [args[extra.position].dtype for extra in extras]
             held = {e: QTensor(more[2 * i], more[2 * i + 1], None, dtypes[i], e.axis, checked=False) for i, e in enumerate(extras)}
             record, recorded[0] = recorded[0], False
             return self.run(args[:count], record, held)[0]
@@ -190,7 +190,7 @@ def _item(values: Any, index: int) -> Any:
 
 
 def _output(gm: fx.GraphModule) -> fx.Node:
-    return next(n for n in reversed(gm.graph.nodes) if n.op == "output")
+    return next(n for n in reversed(gm.graph.nodes) if n.op == "output")  # type: ignore[no-any-return]
 
 
 # what torch.func's transforms wrap a tensor in, as they appear in a graph of Dynamo's: the result stands for the first argument
@@ -200,25 +200,20 @@ _WRAPPERS = {"_wrap_for_grad", "_create_differentiable", "_add_batch_dim", "_mak
 def _weights(gm: fx.GraphModule, placeholders: list[fx.Node], inputs: list[Any]) -> dict[fx.Node, tuple[int, str]]:
     """Nodes that stand for weights, with the index of the input and its path."""
     origin = {node: i for i, node in enumerate(placeholders)}
-    differentiated: set[int] = set()
+    chosen = {i for i, value in enumerate(inputs) if isinstance(value, Tensor) and value.is_leaf and value.requires_grad}
+    chosen |= {i for i, value in enumerate(inputs) if isinstance(value, torch.nn.Parameter)}
     for node in gm.graph.nodes:
-        if node.op != "call_function":
-            continue
-        name = getattr(node.target, "__name__", "")
-        if name in _WRAPPERS and node.args and node.args[0] in origin:
+        name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+        if name in _WRAPPERS and node.args[0] in origin:
             origin[node] = origin[node.args[0]]
-            if name == "_make_dual":
-                differentiated.add(origin[node])
+            chosen |= {origin[node]} if name == "_make_dual" else set()
         elif name == "_autograd_grad":
-            differentiated |= {origin[n] for n in fx.node.map_arg(node.args[1], lambda n: n) if n in origin}
-    for i, value in enumerate(inputs):
-        if isinstance(value, torch.nn.Parameter) or (isinstance(value, Tensor) and value.is_leaf and value.requires_grad):
-            differentiated.add(i)
-    found = {}
-    for node, i in origin.items():
-        if i in differentiated and isinstance(inputs[i], Tensor):
-            found[node] = (i, path_of(_torch.source_name(placeholders[i])))
-    return found
+            found: list[fx.Node] = []
+            fx.node.map_arg(node.args[1], found.append)
+            chosen |= {origin[n] for n in found if n in origin}
+    return {
+        n: (i, path_of(_torch.source_name(placeholders[i]))) for n, i in origin.items() if i in chosen and isinstance(inputs[i], Tensor)
+    }
 
 
 _PARTS = re.compile(r"\['([^']*)'\]|\[\"([^\"]*)\"\]|\[(\d+)\]|\.(\w+)")
@@ -238,4 +233,3 @@ def path_of(source: str) -> str:
         first = min(parts.index(name) for name in ("_modules", "_parameters") if name in parts)
         return ".".join(part for part in parts[first:] if part not in _CONTAINERS)
     return ".".join(parts[1:]) or (parts[0] if parts else source)
-

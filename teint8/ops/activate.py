@@ -1,5 +1,6 @@
 """Activation functions with derivatives, whose values have the same bits in every kernel that they are fused into."""
 
+import math
 from typing import Any
 
 import torch
@@ -95,7 +96,7 @@ def activate(kind: str, g: Tensor, u: Tensor | None = None, *, impl: str = "") -
             f"activate: g is {g.dtype} {tuple(g.shape)} on {g.device} but u is {u.dtype} {tuple(u.shape)} on {u.device}; "
             "both must be alike"
         )
-    shape = (g.shape[:-1].numel(), g.shape[-1]) if g.ndim != 1 else (1, g.shape[0])
+    shape = (math.prod(g.shape[:-1]), g.shape[-1]) if g.ndim != 1 else (1, g.shape[0])
     flat: Tensor = _activate(g.reshape(shape), None if u is None else u.reshape(shape), kind, keeps(), impl)
     y: Tensor = flat.reshape(g.shape)
     return y

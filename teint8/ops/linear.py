@@ -1,5 +1,6 @@
 """INT8 linear with its derivatives: the straight-through estimator (STE), in float or in INT8."""
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -278,7 +279,7 @@ def linear(
         fused = fused_linear(x, wq, ws, bias, dtype or x.dtype)
         if fused is not None:
             return fused
-    flat = x if wq.ndim > 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    flat = x if wq.ndim > 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     x_codes = None
     if shared is not None and activation == "row" and scale is None:
         columns = bool(gradient) and wgrad == "int8" and differentiates(x, w, bias)  # type: ignore[arg-type]

@@ -1,5 +1,6 @@
 """MLPs in one call, forward and backward: what lies between two matmuls is quantized where it is made, and each tensor once."""
 
+import math
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ def _run(x: Tensor, weights: tuple[Any, ...], biases: tuple[Tensor | None, ...],
         g = linear(x, weights[0], biases[0], **options)
         u = None if weights[1] is None else linear(x, weights[1], biases[1], **options)
         return linear(activate(how.kind, g, u, impl=how.impl), weights[2], biases[2], **options)
-    flat = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     if wanted:
         y = _mlp(flat, weights, biases, how)
     else:

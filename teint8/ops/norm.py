@@ -1,5 +1,6 @@
 """RMSNorm and LayerNorm with derivatives, and the linears that follow one: the residual, the norm and the codes in one kernel."""
 
+import math
 from typing import Any
 
 import torch
@@ -189,7 +190,7 @@ def norm(
 
     """
     _check(x, weight, bias, None, kind)
-    flat = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     y: Tensor = _apply(flat, weight, bias, kind, eps, keeps(), impl)
     return y.reshape(x.shape)
 

@@ -3,6 +3,7 @@
 Derivatives are in ``ops/linear.py``, on top of these: an op of torch.library with an autograd formula does not work under torch.func.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -174,7 +175,7 @@ def _quantize(x: Tensor, seed: Tensor | None, scale: Tensor | None, group_dims: 
         # the scale of an empty group is 0, and there may be groups though there is no element
         return torch.empty(x.shape, dtype=torch.int8, device=x.device), x.new_zeros(shape, dtype=torch.float32)
     flat = x.ndim == 2 and group_dims == 1
-    rows = x.detach() if flat else x.detach().reshape(shape.numel(), -1)
+    rows = x.detach() if flat else x.detach().reshape(math.prod(shape), -1)
     seed = None if seed is None else seed.reshape(-1)
     scale = None if scale is None else scale.expand(shape).reshape(-1)
     problem = Problem(x.device.type, x.dtype, 1, rows.shape[0], 0, rows.shape[1])
@@ -281,7 +282,7 @@ def _int8_mm_vmap(
     wq, ws = front(w_codes, in_dims[2], size), front(w_scale, in_dims[3], size)
     b = None if bias is None else front(bias, in_dims[4], size)
     shape = (*xq.shape[:-1], wq.shape[-2])
-    batch = wq.shape[:-2].numel()  # a batch of batches, or of stacked weights: one batched matmul
+    batch = math.prod(wq.shape[:-2])  # a batch of batches, or of stacked weights: one batched matmul
     y = torch.ops.teint8.int8_mm(
         xq.reshape(batch, -1, xq.shape[-1]),
         xs.reshape(batch, -1),

@@ -32,9 +32,14 @@ class Shared:
 
     def codes(self, x: Tensor, how: tuple[Any, ...], quantize: Callable[[], Codes]) -> Codes:
         """The codes of x that were made in the same way, else those that ``quantize`` makes."""
-        if torch.compiler.is_compiling() or not _torch.is_plain(x) or x.is_inference() or not _torch.no_dispatch_modes():
+        if torch.compiler.is_dynamo_compiling() or x.is_inference() or _torch.in_transform():
             return quantize()
-        place = (x._version, x.data_ptr(), x.shape, x.stride())
+        if torch.compiler.is_compiling():  # a graph is traced: tensors have versions, but no address
+            place: tuple[Any, ...] = (x._version,)
+        elif _torch.is_plain(x) and _torch.no_dispatch_modes():
+            place = (x._version, x.data_ptr(), x.shape, x.stride())
+        else:
+            return quantize()
         alive = [entry for entry in self._entries if entry.tensor() is not None]
         for entry in alive:
             if entry.tensor() is x and entry.place == place and entry.how == how:

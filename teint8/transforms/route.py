@@ -234,8 +234,8 @@ def _ran_as(x: Tensor, value: Any, rule: Rule) -> str:
         return "dequantized"
     n = value.shape[-2] if not isinstance(value, QTensor) or value.axis == -1 else value.shape[-1]
     problem = problem_of(x, n, value.ndim)
-    sizes = dict(zip(("batch", "m", "n", "k"), map(_torch.number, (problem.batch, problem.m, problem.n, problem.k)), strict=True))
-    problem = problem._replace(dtype=_autocast_dtype(x) or x.dtype, **sizes)
+    sizes = map(_torch.number, (problem.batch, problem.m, problem.n, problem.k))
+    problem = ops.Problem(problem.device, _autocast_dtype(x) or x.dtype, *sizes)
     return ops.select("int8_mm", problem).name
 
 

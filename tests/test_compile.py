@@ -1,0 +1,270 @@
+"""The torch.compile backend "teint8": its values against ``quantize`` in eager mode, for modules and for functions under torch.func."""
+
+import importlib.metadata
+import warnings
+
+import grid
+import pytest
+import torch
+import torch.nn.functional as F
+from contract import different
+from torch import nn
+
+import teint8
+from teint8 import Policy, Quant, Rule
+from teint8.compile import backend, path_of
+from teint8.ops import registry
+
+TRANSFORMS = [name for name in grid.TRANSFORMS if name not in ("grad_grad", "checkpoint")]
+
+
+@pytest.fixture(autouse=True)
+def _anew():
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _installed() -> bool:
+    return bool([e for e in importlib.metadata.entry_points(group="torch_dynamo_backends") if e.name == "teint8"])
+
+
+BACKEND = "teint8" if _installed() else backend
+
+
+def _compiled(f, **options):
+    return torch.compile(f, backend=BACKEND, fullgraph=True, options=options)
+
+
+def _exact(device: str) -> tuple[nn.Module, torch.Tensor]:
+    """A model whose float ops are the same in Inductor and in eager mode, so that every bit can be compared."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 48), nn.ReLU(), nn.Linear(48, 40), nn.ReLU(), nn.Linear(40, 10)).to(device)
+    return model, torch.randn(7, 24, device=device)
+
+
+@pytest.mark.skipif(not _installed(), reason="teint8 runs from its folder, not installed")
+def test_it_is_found_by_name() -> None:
+    assert "teint8" in torch.compiler.list_backends()
+
+
+@pytest.mark.parametrize("policy", ["qat", "training", "switchback", "weight_only", "simulate"])
+def test_the_bits_are_those_of_eager_mode(policy: str, device: str) -> None:
+    model, x = _exact(device)
+    qfn = teint8.quantize(model, Policy.preset(policy))
+    params = dict(model.named_parameters())
+    compiled = _compiled(model, policy=Policy.preset(policy))
+    y, want = compiled(x), qfn(params, x)
+    exact = different if policy != "weight_only" else lambda a, b: 0 if torch.allclose(a, b, rtol=1e-5, atol=1e-6) else 1
+    assert exact(y, want) == 0
+    got = torch.autograd.grad(y.square().mean(), list(model.parameters()))
+    want = torch.autograd.grad(want.square().mean(), list(params.values()))
+    assert grid.relative_error(list(got), list(want)) < 1e-5
+    with torch.no_grad():
+        assert exact(compiled(x), qfn(params, x)) == 0
+
+
+def test_packed_weights_follow_the_floats(device: str) -> None:
+    model, x = _exact(device)
+    qfn, compiled = teint8.quantize(model), _compiled(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    teint8.te_int8_autocast.cache_clear()
+    with torch.no_grad():
+        before = compiled(x)
+    assert teint8.te_int8_autocast.cache_info().weights == 3  # what runs is packed once, as in a context
+    compiled(x).square().mean().backward()
+    optimizer.step()
+    with torch.no_grad():
+        after = compiled(x)
+        assert different(after, qfn(dict(model.named_parameters()), x)) == 0 and different(before, after) > 0
+        model[0].weight.mul_(2)
+        assert different(compiled(x), qfn(dict(model.named_parameters()), x)) == 0
+
+
+def test_training_may_be_asked_for(device: str) -> None:
+    model, x = _exact(device)
+    teint8.te_int8_autocast.cache_clear()
+    with torch.no_grad():
+        y = _compiled(model, training=True)(x)
+    assert teint8.te_int8_autocast.cache_info().weights == 0
+    torch._dynamo.reset()
+    assert different(_compiled(model, training=False)(x.requires_grad_()), y) == 0
+    assert teint8.te_int8_autocast.cache_info().weights == 3
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("program", ["mlp", "encoder", "function"])
+def test_transforms_of_plain_programs(program: str, transform: str, device: str) -> None:
+    if program == "function" and transform in ("vmap_x", "vmap_params"):
+        pytest.skip("nothing is differentiated: x @ w is a product of two inputs, which stays float (see the next test)")
+    qfn, params, x = grid.programs(program, device=device)
+    plain = qfn.__wrapped__
+    if isinstance(plain, nn.Module):
+        module = plain
+        plain = lambda p, x: torch.func.functional_call(module, p, (x,))
+    run = grid.TRANSFORMS[transform]
+    receipt = teint8.Receipt()
+    if program == "encoder" and transform.startswith("jvp"):  # Dynamo runs the float attention, which has no such derivative
+        with pytest.raises(torch._dynamo.exc.TorchDynamoException, match="multi_head_attention_forward"):
+            _compiled(lambda p, x: run(plain, p, x), receipt=receipt)(params, x)
+        return
+    got = _compiled(lambda p, x: run(plain, p, x), receipt=receipt)(params, x)
+    want = run(qfn, params, x)
+    assert receipt.int8_calls == receipt.calls > 0
+    assert grid.relative_error(got, want) < 1e-5
+    assert all(float(t.norm()) > 0 for t in torch.utils._pytree.tree_leaves(got))
+
+
+def test_products_of_inputs_stay_float_and_the_receipt_says_so(device: str) -> None:
+    a, b = torch.randn(4, 8, device=device), torch.randn(8, 3, device=device)
+    receipt = teint8.Receipt()
+    y = _compiled(lambda a, b: a @ b, receipt=receipt)(a, b)
+    torch.testing.assert_close(y, a @ b)
+    assert [(r.int8, "activations" in r.reason) for r in receipt] == [(False, True)]
+
+
+def test_paths_rules_and_receipt_are_those_of_quantize() -> None:
+    model = grid.encoder().eval()
+    x = torch.randn(6, 3, 16)
+    policy = Policy([Rule("*.linear1.*", weight=None), Rule("1.*", gradient=Quant()), Rule()])
+    receipt = teint8.Receipt()
+    torch.compile(model, backend=BACKEND, options={"policy": policy, "receipt": receipt})(x)
+    want = teint8.explain(teint8.quantize(model, policy), dict(model.named_parameters()), x)
+    assert [(r.path, r.op, r.m, r.n, r.k, r.mode, r.reason) for r in receipt] == [
+        (r.path, r.op, r.m, r.n, r.k, r.mode, r.reason) for r in want
+    ]
+    assert receipt.int8_calls == want.int8_calls == 7
+
+
+def test_a_shared_input_is_quantized_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Three(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(16, 16) for _ in range(3))
+
+        def forward(self, x: torch.Tensor, edit: bool) -> torch.Tensor:
+            x = x * 2
+            q, k = self.q(x), self.k(x)
+            if edit:
+                x.mul_(3)
+            return q + k + self.v(x)
+
+    made: list[int] = []
+    original = registry.best("quantize", registry.Problem("cpu", torch.float32, 1, 5, 0, 16))
+
+    def counting(x, seed, scale):
+        made.append(x.shape[0])
+        return original.run(x, seed, scale)
+
+    model, x = Three(), torch.randn(5, 16)
+    monkeypatch.setattr(registry, "_implementations", {k: list(v) for k, v in registry._implementations.items()})
+    registry.register("quantize", "counting", counting, device="cpu", priority=1000)
+    try:
+        for edit, times in ((False, 1), (True, 2)):
+            torch._dynamo.reset()
+            compiled = _compiled(model)
+            with torch.no_grad():
+                compiled(x, edit)
+                made.clear()
+                y = compiled(x, edit)
+            assert made == [5] * times
+            want = teint8.quantize(model)(dict(model.named_parameters()), x, edit)
+            assert different(y, want) == 0
+    finally:
+        monkeypatch.undo()
+        registry.choose_anew()
+
+
+def test_dynamic_shapes_and_optimizer_steps_compile_nothing_anew(device: str) -> None:
+    model, _ = _exact(device)
+    compiled = torch.compile(model, backend=BACKEND, fullgraph=True, dynamic=True)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    torch._dynamo.utils.counters.clear()
+    for step in range(50):
+        x = torch.randn(2 + step % 9, 24, device=device)
+        y = compiled(x)
+        assert different(y, teint8.quantize(model)(dict(model.named_parameters()), x)) == 0
+        y.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    with torch.no_grad():
+        for rows in (3, 4, 5, 11):
+            x = torch.randn(rows, 24, device=device)
+            assert different(compiled(x), teint8.quantize(model)(dict(model.named_parameters()), x)) == 0
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+def test_graph_breaks_in_user_code() -> None:
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.first(x)
+            torch._dynamo.graph_break()
+            return self.second(F.relu(h))
+
+    model, x = Broken(), torch.randn(3, 8)
+    receipt = teint8.Receipt()
+    y = torch.compile(model, backend=BACKEND, options={"receipt": receipt})(x)
+    assert different(y, teint8.quantize(model)(dict(model.named_parameters()), x)) == 0
+    assert [r.path for r in receipt] == ["first.weight", "second.weight"]
+
+
+def test_a_whole_training_step_with_its_optimizer(device: str) -> None:
+    losses = []
+    for way in ("compiled", "eager"):
+        torch._dynamo.reset()
+        model, x = _exact(device)
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+        qfn, params = teint8.quantize(model), dict(model.named_parameters())
+        run = torch.compile(model, backend=BACKEND) if way == "compiled" else lambda x: qfn(params, x)
+        for _ in range(5):
+            loss = run(x).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(float(loss))
+    assert abs(losses[0] - losses[1]) < 1e-5 * losses[1]
+
+
+def test_bad_options_and_strict() -> None:
+    model, x = _exact("cpu")
+    for name, value in (("policy", "qat"), ("training", 1), ("strict", "yes"), ("receipt", [])):
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match=f"option {name} is {value!r}".replace("[]", r"\[\]")):
+            _compiled(model, **{name: value})(x)
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match=r"strict: 0\.weight"):
+        _compiled(model.double(), strict=True, policy=Policy([Rule(weight=Quant(), activation=Quant())]))(x.long())
+
+
+def test_options_of_inductor_are_handed_on() -> None:
+    model, x = _exact("cpu")
+    with pytest.raises(Exception, match="no_such_option"):
+        _compiled(model, no_such_option=1)(x)
+    torch._dynamo.reset()
+    assert different(_compiled(model, **{"cpp.threads": 1})(x), _compiled(model)(x)) == 0
+
+
+@pytest.mark.parametrize(
+    "source,path",
+    [
+        ("L['self']._modules['0']._parameters['weight']", "0.weight"),
+        ("L['fn']._orig_mod._modules['a']._modules['b']._parameters['w']", "a.b.w"),
+        ("L['p']['layers'][0]['w']", "layers.0.w"),
+        ("L['w']", "w"),
+        ("G['model'].head.weight", "head.weight"),
+    ],
+)
+def test_paths_from_sources(source: str, path: str) -> None:
+    assert path_of(source) == path
+
+
+def test_the_backend_is_a_function_too() -> None:
+    model, x = _exact("cpu")
+    y = torch.compile(model, backend=backend)(x)
+    assert different(y, teint8.quantize(model)(dict(model.named_parameters()), x)) == 0
