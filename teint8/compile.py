@@ -19,7 +19,7 @@ from teint8.transforms.held import held_of
 from teint8.transforms.quantize import BoundRoute
 from teint8.transforms.receipt import Receipt
 
-_OURS = ("policy", "training", "strict", "receipt")
+_OURS = ("policy", "training", "strict", "receipt", "mode")
 
 
 class _How(NamedTuple):
@@ -39,7 +39,8 @@ def backend(gm: fx.GraphModule, inputs: Sequence[Any], *, mode: str | None = Non
         mode: one of torch.compile's ("reduce-overhead", "max-autotune", ...), handed on to Inductor.
         options: ``policy`` (``Policy.qat()`` unless given), ``training`` (True: weights are quantized in the graph, from floats; False:
             they are packed once, as by ``te_int8_autocast(training=False)``; as gradients are enabled or not unless given), ``strict``,
-            ``receipt`` (a ``teint8.Receipt`` that is filled while graphs are compiled), and any option of Inductor.
+            ``receipt`` (a ``teint8.Receipt`` that is filled while graphs are compiled), ``mode`` (for torch.compile takes options or a
+            mode, not both), and any option of Inductor.
 
     Paths are those of ``named_parameters`` of the compiled module, or of the arguments of a compiled function ("layers.0.w" of
     ``params["layers"][0]["w"]``). Weights of ``x @ w`` are the graph's inputs that are parameters, require a gradient, or are
@@ -55,6 +56,7 @@ def backend(gm: fx.GraphModule, inputs: Sequence[Any], *, mode: str | None = Non
 
     """
     how, inductor = _read(options or {})
+    mode = mode or (options or {}).get("mode")  # torch.compile takes one of mode and options
     training = torch.is_grad_enabled() if how.training is None else how.training
     program = _Program(gm, how, list(inputs))
     extras = [] if training else program.packable(inputs)
@@ -74,13 +76,14 @@ def backend(gm: fx.GraphModule, inputs: Sequence[Any], *, mode: str | None = Non
 
 
 def _read(options: dict[str, Any]) -> tuple[_How, dict[str, Any]]:
-    policy, training, strict, receipt = (options.get(name) for name in _OURS)
+    policy, training, strict, receipt, mode = (options.get(name) for name in _OURS)
     strict = False if strict is None else strict
     for name, value, kind, hint in (
         ("policy", policy, Policy, "a Policy is needed, such as Policy.training()"),
         ("training", training, bool, "True, False or nothing is needed"),
         ("strict", strict, bool, "True or False is needed"),
         ("receipt", receipt, Receipt, "a teint8.Receipt() is needed, to be filled"),
+        ("mode", mode, str, "the name of one of torch.compile's modes is needed, such as 'max-autotune'"),
     ):
         if value is not None and not isinstance(value, kind):
             raise TypeError(f"torch.compile(backend='teint8'): the option {name} is {value!r}; {hint}")

@@ -170,13 +170,13 @@ def _mm_c(xq: Tensor, xs: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None, d
     m, n = x.shape[0], w.shape[1]
     xs, ws = xs[0].contiguous(), ws[0].contiguous()
     bias = None if bias is None else bias[0].float().contiguous()
-    y = torch.empty(1, m, n, dtype=dtype)
+    y = _results.empty(m, n, dtype)
     for i in range(0, m, _CHUNK):
         rows = min(_CHUNK, m - i)
         (sums,) = _scratch.get(sums=(torch.int32, rows, n))
         torch._int_mm(x[i : i + rows], w, out=sums)
-        cpu_rows.epilogue(sums, xs[i : i + rows], ws, bias, y[0, i : i + rows])
-    return y
+        cpu_rows.epilogue(sums, xs[i : i + rows], ws, bias, y[i : i + rows])
+    return y.unsqueeze(0)
 
 
 def _amx_why_not(problem: Problem) -> str | None:
