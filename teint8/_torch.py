@@ -165,6 +165,11 @@ def as_traced(tensors: list[Tensor], others: Any) -> list[Tensor]:
     return tensors if mode is None else [mode.from_tensor(t, static_shapes=True) for t in tensors]
 
 
+def hides_its_body(func: Any) -> bool:
+    """Whether functions that ``func`` is given (checkpoint, cond, scan, ...) are traced with no TorchFunctionMode; not attention's."""
+    return isinstance(func, torch._ops.HigherOrderOperator) and not str(func).startswith("flex_attention")
+
+
 def number(size: Any) -> int:
     """A size as a number, where it is symbolic the one that it was traced with; nothing is guarded."""
     return size if type(size) is int else size.node.hint  # type: ignore[no-any-return]

@@ -14,12 +14,12 @@ from torch import Tensor, fx
 from teint8 import _torch
 from teint8.policy import Policy
 from teint8.qtensor import QTensor
-from teint8.transforms.calls import Operand
+from teint8.transforms.calls import HANDLERS, Operand
 from teint8.transforms.held import held_of
 from teint8.transforms.quantize import BoundRoute
 from teint8.transforms.receipt import Receipt
 
-_OURS = ("policy", "training", "strict", "receipt", "mode")
+_OURS = ("policy", "training", "strict", "receipt", "mode", "params")
 
 
 class _How(NamedTuple):
@@ -29,6 +29,7 @@ class _How(NamedTuple):
     training: bool | None
     strict: bool
     receipt: Receipt | None
+    params: str | None
 
 
 def backend(gm: fx.GraphModule, inputs: Sequence[Any], *, mode: str | None = None, options: dict[str, Any] | None = None) -> Any:
@@ -40,11 +41,13 @@ def backend(gm: fx.GraphModule, inputs: Sequence[Any], *, mode: str | None = Non
         options: ``policy`` (``Policy.qat()`` unless given), ``training`` (True: weights are quantized in the graph, from floats; False:
             they are packed once, as by ``te_int8_autocast(training=False)``; as gradients are enabled or not unless given), ``strict``,
             ``receipt`` (a ``teint8.Receipt`` that is filled while graphs are compiled), ``mode`` (for torch.compile takes options or a
-            mode, not both), and any option of Inductor.
+            mode, not both), ``params`` (the name of the argument of a pure function that holds its parameters), and any option of
+            Inductor.
 
     Paths are those of ``named_parameters`` of the compiled module, or of the arguments of a compiled function ("layers.0.w" of
-    ``params["layers"][0]["w"]``). Weights of ``x @ w`` are the graph's inputs that are parameters, require a gradient, or are
-    differentiated in the graph.
+    ``params["layers"][0]["w"]``). Weights of ``x @ w`` are the graph's inputs that are parameters, require a gradient, are
+    differentiated in the graph, or are leaves of the argument that the option ``params`` names. Matmuls inside of torch.cond, map and
+    scan stay float, as the receipt says.
 
     Raises:
         TypeError: an option of another type. ValueError: strict, and a call cannot run in INT8.
@@ -76,7 +79,7 @@ def backend(gm: fx.GraphModule, inputs: Sequence[Any], *, mode: str | None = Non
 
 
 def _read(options: dict[str, Any]) -> tuple[_How, dict[str, Any]]:
-    policy, training, strict, receipt, mode = (options.get(name) for name in _OURS)
+    policy, training, strict, receipt, mode, params = (options.get(name) for name in _OURS)
     strict = False if strict is None else strict
     for name, value, kind, hint in (
         ("policy", policy, Policy, "a Policy is needed, such as Policy.training()"),
@@ -84,10 +87,11 @@ def _read(options: dict[str, Any]) -> tuple[_How, dict[str, Any]]:
         ("strict", strict, bool, "True or False is needed"),
         ("receipt", receipt, Receipt, "a teint8.Receipt() is needed, to be filled"),
         ("mode", mode, str, "the name of one of torch.compile's modes is needed, such as 'max-autotune'"),
+        ("params", params, str, "the name of the argument that holds the parameters is needed"),
     ):
         if value is not None and not isinstance(value, kind):
             raise TypeError(f"torch.compile(backend='teint8'): the option {name} is {value!r}; {hint}")
-    how = _How(Policy.qat() if policy is None else policy, training, strict, receipt)
+    how = _How(Policy.qat() if policy is None else policy, training, strict, receipt, params)
     return how, {name: value for name, value in options.items() if name not in _OURS}
 
 
@@ -123,12 +127,26 @@ class _Interpreter(fx.Interpreter):
         self.route, self.weights = route, weights
 
     def run_node(self, n: fx.Node) -> Any:
+        if _torch.hides_its_body(n.target):
+            self._look_into(n)
         result = super().run_node(n)
         known = self.weights.get(n)
         if known is not None:
             index, path = known
             self.route.known[result] = Operand(result, path, False, index)
         return result
+
+    def _look_into(self, n: fx.Node) -> None:
+        """Say on the receipt, in strict mode raise, that matmuls inside of cond, map or scan stay float; checkpoints are seen."""
+        bodies = [self.fetch_attr(a.target) for a in n.all_input_nodes if a.op == "get_attr"]  # type: ignore[arg-type]
+        hidden = [call for body in bodies if isinstance(body, fx.GraphModule) for call in body.graph.nodes if call.target in HANDLERS]
+        if not hidden or "checkpoint" in str(n.target) or not self.route.policy.rules:
+            return
+        reason = f"inside of {n.target}, whose body is traced outside of the routing"
+        if self.route.strict:
+            raise ValueError(f"strict: {len(hidden)} calls cannot run in INT8: {reason}; take them out of it, or leave strict off")
+        for call in hidden if self.route.receipt is not None else []:
+            self.route.receipt.add(("?", str(call.name), 0, 0, 0, 1, "float", "", reason))  # type: ignore[union-attr]
 
 
 class _Program:
@@ -137,7 +155,7 @@ class _Program:
     def __init__(self, gm: fx.GraphModule, how: _How, inputs: list[Any]) -> None:
         self.gm, self.how = gm, how
         self.placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
-        self.weights = _weights(gm, self.placeholders, inputs)
+        self.weights = _weights(gm, self.placeholders, inputs, how.params)
 
     def run(self, args: Sequence[Any], record: bool, held: dict[_Extra, QTensor]) -> tuple[Any, _GraphRoute]:
         """The results of the graph under a route, and that route."""
@@ -200,11 +218,13 @@ def _output(gm: fx.GraphModule) -> fx.Node:
 _WRAPPERS = {"_wrap_for_grad", "_create_differentiable", "_add_batch_dim", "_make_dual", "_set_tensor_requires_grad", "_unpack_dual"}
 
 
-def _weights(gm: fx.GraphModule, placeholders: list[fx.Node], inputs: list[Any]) -> dict[fx.Node, tuple[int, str]]:
+def _weights(gm: fx.GraphModule, placeholders: list[fx.Node], inputs: list[Any], params: str | None) -> dict[fx.Node, tuple[int, str]]:
     """Nodes that stand for weights, with the index of the input and its path."""
     origin = {node: i for i, node in enumerate(placeholders)}
     chosen = {i for i, value in enumerate(inputs) if isinstance(value, Tensor) and value.is_leaf and value.requires_grad}
-    chosen |= {i for i, value in enumerate(inputs) if isinstance(value, torch.nn.Parameter)}
+    sources = [_torch.source_name(node) for node in placeholders]
+    named = f"L['{params}']"
+    chosen |= {i for i, value in enumerate(inputs) if isinstance(value, torch.nn.Parameter) or sources[i].startswith(named)}
     for node in gm.graph.nodes:
         name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
         if name in _WRAPPERS and node.args[0] in origin:
@@ -214,9 +234,7 @@ def _weights(gm: fx.GraphModule, placeholders: list[fx.Node], inputs: list[Any])
             found: list[fx.Node] = []
             fx.node.map_arg(node.args[1], found.append)
             chosen |= {origin[n] for n in found if n in origin}
-    return {
-        n: (i, path_of(_torch.source_name(placeholders[i]))) for n, i in origin.items() if i in chosen and isinstance(inputs[i], Tensor)
-    }
+    return {n: (i, path_of(sources[i])) for n, i in origin.items() if i in chosen and isinstance(inputs[i], Tensor)}
 
 
 _PARTS = re.compile(r"\['([^']*)'\]|\[\"([^\"]*)\"\]|\[(\d+)\]|\.(\w+)")

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from contract import different
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import teint8
 from teint8 import Policy, Quant, Rule
@@ -96,20 +97,20 @@ def test_training_may_be_asked_for(device: str) -> None:
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("program", ["mlp", "encoder", "function"])
 def test_transforms_of_plain_programs(program: str, transform: str, device: str) -> None:
-    if program == "function" and transform in ("vmap_x", "vmap_params"):
-        pytest.skip("nothing is differentiated: x @ w is a product of two inputs, which stays float (see the next test)")
     qfn, params, x = grid.programs(program, device=device)
     plain = qfn.__wrapped__
     if isinstance(plain, nn.Module):
         module = plain
         plain = lambda p, x: torch.func.functional_call(module, p, (x,))
     run = grid.TRANSFORMS[transform]
+    if transform == "vmap_params":  # weights are inputs of the graph: what a graph computes is no weight
+        params, run = grid.stacked(params), lambda q, p, x: torch.func.vmap(lambda p: q(p, x))(p)
     receipt = teint8.Receipt()
     if program == "encoder" and transform.startswith("jvp"):  # Dynamo runs the float attention, which has no such derivative
         with pytest.raises(torch._dynamo.exc.TorchDynamoException, match="multi_head_attention_forward"):
             _compiled(lambda p, x: run(plain, p, x), receipt=receipt)(params, x)
         return
-    got = _compiled(lambda p, x: run(plain, p, x), receipt=receipt)(params, x)
+    got = _compiled(lambda p, x: run(plain, p, x), receipt=receipt, params="p")(params, x)
     want = run(qfn, params, x)
     assert receipt.int8_calls == receipt.calls > 0
     assert grid.relative_error(got, want) < 1e-5
@@ -122,6 +123,52 @@ def test_products_of_inputs_stay_float_and_the_receipt_says_so(device: str) -> N
     y = _compiled(lambda a, b: a @ b, receipt=receipt)(a, b)
     torch.testing.assert_close(y, a @ b)
     assert [(r.int8, "activations" in r.reason) for r in receipt] == [(False, True)]
+
+
+def test_checkpoints_run_in_int8_and_so_do_their_recomputations(device: str) -> None:
+    for program in ("mlp", "encoder", "function"):
+        qfn, params, x = grid.programs(program, device=device)
+        plain = qfn.__wrapped__
+        if isinstance(plain, nn.Module):
+            module = plain
+            plain = lambda p, x: torch.func.functional_call(module, p, (x,))
+        leaves, spec = torch.utils._pytree.tree_flatten(params)
+        leaves = [leaf.clone().requires_grad_() for leaf in leaves]
+        tree = torch.utils._pytree.tree_unflatten(leaves, spec)
+        torch._dynamo.reset()
+        inside = _compiled(lambda p, x: checkpoint(lambda x, p: plain(p, x), x, p, use_reentrant=False))
+        got = torch.autograd.grad(inside(tree, x).square().mean(), leaves)
+        want = torch.autograd.grad(qfn(tree, x).square().mean(), leaves)
+        assert grid.relative_error(list(got), list(want)) < 1e-5
+        # Dynamo enters no mode inside of a checkpoint: compiling the quantized function must say so, and not run in float
+        torch._dynamo.reset()
+        with pytest.raises(torch._dynamo.exc.TorchDynamoException):
+            torch.compile(lambda p, x: checkpoint(lambda x, p: qfn(p, x), x, p, use_reentrant=False), fullgraph=True)(tree, x)
+
+
+def test_bodies_that_dynamo_hides_never_run_in_float_unseen(device: str) -> None:
+    w, x = torch.randn(8, 8, device=device), torch.randn(5, 8, device=device)
+
+    def checkpointed(p, x):
+        return checkpoint(lambda x: F.linear(x, p), x, use_reentrant=False)
+
+    def branching(p, x):
+        return torch.cond(x.sum() > -1e9, lambda x: F.linear(x, p), lambda x: F.linear(x * 2, p), (x,))
+
+    for function in (checkpointed, branching):
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match="would stay float"):
+            torch.compile(teint8.quantize(function), fullgraph=True)(w, x)
+    torch._dynamo.reset()
+    y = torch.compile(teint8.quantize(checkpointed))(w, x)  # breaks the graph: eager mode runs it
+    assert different(y, teint8.ops.linear(x, w)) == 0
+    receipt = teint8.Receipt()
+    torch._dynamo.reset()
+    torch.testing.assert_close(_compiled(branching, receipt=receipt)(w, x), F.linear(x, w))
+    assert receipt.int8_calls == 0 and receipt.calls == 2 and all("cond" in r.reason for r in receipt)
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="strict: 2 calls cannot run"):
+        _compiled(branching, strict=True)(w, x)
 
 
 def test_paths_rules_and_receipt_are_those_of_quantize() -> None:

@@ -1,4 +1,4 @@
-"""Models of transformers, from configurations with random weights, compiled by the backend: one graph, INT8, the values of eager mode."""
+"""Models of transformers with random weights, compiled by the backend: one graph, in INT8, the values of eager mode."""
 
 import warnings
 from typing import Any
@@ -100,7 +100,9 @@ def test_generation_with_a_static_cache(device: str) -> None:
     with torch.no_grad(), teint8.te_int8_autocast(training=False):
         want = model.generate(ids, **how)
     receipt = teint8.Receipt()
-    model.forward = torch.compile(model.forward, backend=BACKEND, fullgraph=True, options={"receipt": receipt, "mode": "reduce-overhead"})
+    model.forward = torch.compile(
+        model.forward, backend=BACKEND, fullgraph=True, options={"receipt": receipt, "mode": "reduce-overhead"}
+    )
     with torch.no_grad():
         got = model.generate(ids, **how)
     assert torch.equal(got, want)

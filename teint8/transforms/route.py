@@ -41,6 +41,12 @@ class Route(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         handler = HANDLERS.get(func)
         if handler is None:
+            if torch.compiler.is_dynamo_compiling() and self.policy.rules and _torch.hides_its_body(func):
+                raise RuntimeError(
+                    f"teint8: matmuls inside of {func} would stay float: in compiled code its body is traced outside of the routing. "
+                    "Compile the float model with torch.compile(model, backend='teint8'), which sees checkpoints; or leave fullgraph "
+                    "off, so that this part runs in eager mode; or put te_int8_autocast(enabled=False) around it"
+                )
             return self.other(func, args, kwargs or {})
         return handler(self, func, args, kwargs or {})
 
