@@ -141,11 +141,19 @@ def storage_uses(storage: torch.UntypedStorage) -> int:
 
 
 def inductor(gm: Any, inputs: Any, mode: str | None, options: dict[str, Any]) -> Any:
-    """Compile a graph by Inductor with a mode of torch.compile's and options of Inductor's. Seen on torch 2.11 and 2.13."""
+    """Compile a graph by Inductor with a mode of torch.compile's and options of Inductor's. Seen on torch 2.11 and 2.13.
+
+    Values are rounded to their dtype where eager mode rounds them, unless the options say otherwise: what is quantized is the same.
+    """
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
-    patches = {**(list_mode_options(mode) if mode else {}), **{name.replace("-", "_"): value for name, value in options.items()}}
+    ours = {"emulate_precision_casts": True}
+    patches = {
+        **ours,
+        **(list_mode_options(mode) if mode else {}),
+        **{name.replace("-", "_"): value for name, value in options.items()},
+    }
     return compile_fx(gm, inputs, config_patches=patches)
 
 
@@ -163,6 +171,11 @@ def as_traced(tensors: list[Tensor], others: Any) -> list[Tensor]:
 
     mode = detect_fake_mode(others)
     return tensors if mode is None else [mode.from_tensor(t, static_shapes=True) for t in tensors]
+
+
+def tracing_context() -> Any:
+    """An object that lives as long as what Dynamo is tracing; it is another one when a trace is begun anew."""
+    return torch._guards.TracingContext.get()
 
 
 def hides_its_body(func: Any) -> bool:

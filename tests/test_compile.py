@@ -1,5 +1,6 @@
 """The torch.compile backend "teint8": its values against ``quantize`` in eager mode, for modules and for functions under torch.func."""
 
+import gc
 import importlib.metadata
 import warnings
 
@@ -146,6 +147,73 @@ def test_checkpoints_run_in_int8_and_so_do_their_recomputations(device: str) -> 
             torch.compile(lambda p, x: checkpoint(lambda x, p: qfn(p, x), x, p, use_reentrant=False), fullgraph=True)(tree, x)
 
 
+MASKS = {
+    "none": {},
+    "keys": {"src_key_padding_mask": torch.arange(5).expand(3, 5) > torch.tensor([[4], [3], [2]])},
+    "causal": {"src_mask": torch.triu(torch.full((5, 5), float("-inf")), 1)},
+    "boolean": {"src_mask": torch.triu(torch.ones(5, 5), 1) > 0},
+}
+
+
+@pytest.mark.parametrize("masks", MASKS)
+@pytest.mark.parametrize("norm_first,activation", [(False, "relu"), (True, "gelu")])
+def test_encoder_layers_in_inference(masks: str, norm_first: bool, activation: str) -> None:
+    """Torch has one fused call for them, which would run in float."""
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True, norm_first=norm_first, activation=activation).eval()
+    params, x = {k: v.detach() for k, v in model.named_parameters()}, torch.randn(3, 5, 16)
+    qfn, kwargs = teint8.quantize(model), MASKS[masks]
+    seen = ~kwargs.get("src_key_padding_mask", torch.zeros(3, 5, dtype=torch.bool))
+    receipt = teint8.Receipt()
+    with torch.no_grad():
+        want = qfn(params, x, **kwargs)[seen]
+        compiled = torch.compile(model, fullgraph=True)
+        with teint8.te_int8_autocast():
+            around = compiled(x, **kwargs)
+        for y in (around, torch.compile(qfn, fullgraph=True)(params, x, **kwargs), _compiled(model, receipt=receipt)(x, **kwargs)):
+            assert grid.relative_error(y[seen], want) < 1e-5
+        assert receipt.int8_calls == receipt.calls == 4
+        assert torch.backends.mha.get_fastpath_enabled()
+        assert grid.relative_error(model(x, **kwargs)[seen], want) > 1e-4  # in float, by the fused call
+
+
+def test_attention_in_inference() -> None:
+    torch.manual_seed(0)
+    model, x = nn.MultiheadAttention(16, 4, batch_first=True).eval(), torch.randn(3, 5, 16)
+    for need_weights in (True, False):
+        receipt = teint8.Receipt()
+        torch._dynamo.reset()
+        with torch.no_grad():
+            with teint8.te_int8_autocast(training=False):
+                want = model(x, x, x, need_weights=need_weights)
+            got = _compiled(model, receipt=receipt)(x, x, x, need_weights=need_weights)
+        assert receipt.int8_calls == receipt.calls == 2
+        for a, b in zip(got, want, strict=True):
+            assert (a is None and b is None) or grid.relative_error(a, b) < 1e-5
+
+
+def test_the_switch_of_the_fused_layers_comes_back() -> None:
+    enabled = torch.backends.mha.get_fastpath_enabled
+    first, second = teint8.te_int8_autocast(), teint8.te_int8_autocast()
+    first.__enter__()
+    second.__enter__()
+    assert not enabled()
+    second.__exit__(None, None, None)
+    assert not enabled()
+    first.__exit__(None, None, None)
+    assert enabled()
+
+    def stops(p, x):
+        y = F.linear(x, p)
+        raise KeyError(f"{y.shape}")
+
+    with pytest.raises(Exception, match="KeyError"):
+        torch.compile(teint8.quantize(stops), fullgraph=True)(torch.randn(4, 4), torch.randn(2, 4))
+    torch._dynamo.reset()
+    gc.collect()
+    assert enabled()
+
+
 def test_bodies_that_dynamo_hides_never_run_in_float_unseen(device: str) -> None:
     w, x = torch.randn(8, 8, device=device), torch.randn(5, 8, device=device)
 
@@ -221,6 +289,67 @@ def test_a_shared_input_is_quantized_once(monkeypatch: pytest.MonkeyPatch) -> No
     finally:
         monkeypatch.undo()
         registry.choose_anew()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_codes_and_products_in_compiled_code_are_the_contracts(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An encoder's float ops differ in the last bit between Inductor and eager mode: each of our ops is held to its own inputs."""
+    seen: dict[str, int] = {"quantize": 0, "int8_mm": 0}
+
+    def checked(op: str):
+        reference = next(i for i in registry.implementations(op) if i.name == "reference")
+
+        def run(*args):
+            problem_args = args[0]
+            best = next(i for i in registry.implementations(op) if i.name.startswith("cpu") and i.why_not(_problem(op, args)) is None)
+            got, want = best.run(*args), reference.run(*args)
+            pairs = [(got, want)] if op == "int8_mm" else zip(got, want, strict=True)
+            assert [different(a, b) for a, b in pairs] == [0] * (1 if op == "int8_mm" else 2), problem_args.shape
+            seen[op] += 1
+            return got
+
+        return run
+
+    def _problem(op, args):
+        x = args[0]
+        if op == "quantize":
+            return registry.Problem("cpu", x.dtype, 1, x.shape[0], 0, x.shape[1])
+        return registry.Problem("cpu", args[5], x.shape[0], x.shape[1], args[2].shape[1], x.shape[2])
+
+    model = grid.encoder().eval().to(dtype)
+    x = torch.randn(6, 3, 16, dtype=dtype)
+    monkeypatch.setattr(registry, "_implementations", {k: list(v) for k, v in registry._implementations.items()})
+    for op in seen:
+        registry.register(op, "checked", checked(op), device="cpu", priority=1000)
+    try:
+        with torch.no_grad():
+            y = _compiled(model)(x)
+            assert seen["int8_mm"] == 9 and seen["quantize"] >= 9
+            torch.testing.assert_close(y, model(x), rtol=0.1, atol=0.1)
+    finally:
+        monkeypatch.undo()
+        registry.choose_anew()
+
+
+def test_a_bfloat16_model_has_the_bits_of_eager_mode(device: str) -> None:
+    class SwiGLU(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.RMSNorm(64)
+            self.gate, self.up, self.down = nn.Linear(64, 96), nn.Linear(64, 96), nn.Linear(96, 64)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.norm(x)
+            return x + self.down(F.silu(self.gate(h)) * self.up(h))
+
+    torch.manual_seed(0)
+    model = SwiGLU().to(device, torch.bfloat16)
+    x = torch.randn(33, 64, device=device, dtype=torch.bfloat16)
+    want = teint8.quantize(model)(dict(model.named_parameters()), x)
+    assert different(_compiled(model)(x), want) == 0
+    torch._dynamo.reset()
+    # without the casts of eager mode, which a user may leave out, values are quantized that were never rounded to bfloat16
+    assert different(_compiled(model, emulate_precision_casts=False)(x), want) > 0
 
 
 def test_dynamic_shapes_and_optimizer_steps_compile_nothing_anew(device: str) -> None:

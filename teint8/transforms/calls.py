@@ -121,6 +121,62 @@ def _attention(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
     return attention.multi_head_attention_forward(project, *args, **kwargs)
 
 
+def _native_attention(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
+    """What nn.MultiheadAttention calls in inference, batch first; in eager mode a route keeps it from being called."""
+    query, key, value, width, heads, w_in, b_in, w_out, b_out, mask, need_weights, average, kind = shapes.bind(
+        ("query", "key", "value", "embed_dim", "num_head", "qkv_weight", "qkv_bias", "proj_weight", "proj_bias", "mask", "need_weights",
+         "average_attn_weights", "mask_type"), args, kwargs)  # fmt: skip
+    if query.is_nested:
+        return _nested(route, func, args, kwargs, (w_in, w_out))
+    turned = {id(t): t.transpose(0, 1) for t in (query, key, value)}  # q, k and v that are one tensor stay one
+    q, k, v = (turned[id(t)] for t in (query, key, value))
+    need_weights, average = need_weights is not False, average is not False
+    masks = _masks(mask, kind, heads)
+    attend = (q, k, v, width, heads, w_in, b_in, None, None, False, 0.0, w_out, b_out, False)
+    y, weights = _attention(route, func, attend, {**masks, "need_weights": need_weights, "average_attn_weights": average})
+    return y.transpose(0, 1), weights
+
+
+def _masks(mask: Tensor | None, kind: int | None, heads: int) -> dict[str, Tensor | None]:
+    """A merged mask as the two that attention takes: kind 1 is of keys (B, S), others are (S, S) or (B, heads, S, S)."""
+    if mask is None or kind == 1:
+        return {"key_padding_mask": mask, "attn_mask": None}
+    whole = mask if mask.ndim == 2 else mask.expand(-1, heads, -1, -1).reshape(-1, *mask.shape[-2:])
+    return {"key_padding_mask": None, "attn_mask": whole}
+
+
+def _encoder_layer(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
+    """What nn.TransformerEncoderLayer calls in inference: its parts, each of which may run in INT8."""
+    x, width, heads, w_in, b_in, w_out, b_out, gelu, norm_first, eps, *rest = args
+    g1, b1, g2, b2, w1, c1, w2, c2, mask, kind = [*rest, None, None][:10]
+    if x.is_nested or kwargs:
+        return _nested(route, func, args, kwargs, (w_in, w_out, w1, w2))
+
+    def attend(x: Tensor) -> Tensor:
+        y, _ = _native_attention(route, func, (x, x, x, width, heads, w_in, b_in, w_out, b_out, mask, False, True, kind), {})
+        return y  # type: ignore[no-any-return]
+
+    def feed(x: Tensor) -> Any:
+        h = _linear(route, F.linear, (x, w1, c1), {})
+        return _linear(route, F.linear, (F.gelu(h) if gelu else F.relu(h), w2, c2), {})
+
+    def norm(x: Tensor, g: Tensor, b: Tensor) -> Tensor:
+        return F.layer_norm(x, (width,), *route.plain((g, b)), eps)
+
+    if norm_first:
+        x = x + attend(norm(x, g1, b1))
+        return x + feed(norm(x, g2, b2))
+    x = norm(x + attend(x), g1, b1)
+    return norm(x + feed(x), g2, b2)
+
+
+def _nested(route: Route, func: Any, args: Any, kwargs: Any, weights: tuple[Tensor, ...]) -> Any:
+    """A fused call of torch on a nested tensor, which stays float."""
+    for w in weights:
+        route.stays_float(route.operand(w) or Operand(w), "linear", "an operand is nested")
+    return func(*route.plain(args), **route.plain(kwargs))
+
+
 def _scaled_dot_product_attention(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
     args, kwargs = route.plain(args), route.plain(kwargs)
     if _torch.needs_math_attention(args[0].device.type if args else "cpu"):
@@ -148,5 +204,7 @@ HANDLERS: dict[Any, Callable[[Route, Any, Any, Any], Any]] = {
     torch.baddbmm: _addmm,
     Tensor.baddbmm: _addmm,
     F.multi_head_attention_forward: _attention,
+    torch._native_multi_head_attention: _native_attention,
+    torch._transformer_encoder_layer_fwd: _encoder_layer,
     F.scaled_dot_product_attention: _scaled_dot_product_attention,
 }

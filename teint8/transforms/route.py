@@ -16,7 +16,7 @@ from teint8.ops.raw import problem_of
 from teint8.ops.shared import Shared
 from teint8.policy import Policy, Rule
 from teint8.qtensor import QTensor
-from teint8.transforms import callsite, shapes
+from teint8.transforms import apart, callsite, shapes
 from teint8.transforms.calls import HANDLERS, Operand
 from teint8.transforms.receipt import Receipt
 
@@ -51,14 +51,20 @@ class Route(TorchFunctionMode):
         return handler(self, func, args, kwargs or {})
 
     def __enter__(self) -> Any:
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
+            apart.enter_traced()
+        elif not torch.compiler.is_compiling():
             self._entered().append(id(sys._getframe(1)))
+            apart.enter()
         return super().__enter__()
 
     def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
         super().__exit__(exc_type, exc_value, traceback)
-        if not torch.compiler.is_compiling() and self._entered():
+        if torch.compiler.is_dynamo_compiling():
+            apart.leave_traced()
+        elif not torch.compiler.is_compiling() and self._entered():
             self._entered().pop()
+            apart.leave()
 
     def _entered(self) -> list[int]:
         return self._entries.setdefault(threading.get_ident(), [])
@@ -183,6 +189,16 @@ class Route(TorchFunctionMode):
             weight_codes=self.weight_codes(weight, value, axis, rule, cut),
         )
         return y if cut is None else y[..., cut]
+
+    def stays_float(self, weight: Operand, op: str, reason: str) -> None:
+        """Note that a call, of which only the weight is known, stays float; in strict mode raise, where a rule is for it."""
+        path = self.path(weight)
+        rule = self.rule(path, op)
+        if self.strict and rule is not None and rule.weight is not None:
+            raise ValueError(f"strict: {path} ({op}) cannot run in INT8: {reason}. Leave it in float by a rule, or leave strict off")
+        if self.receipt is not None and not torch.compiler.is_dynamo_compiling():
+            n, k = weight.value.shape[-2:]
+            self.receipt.add((path, op, 0, n, k, 1, "float", "", reason))
 
     def path(self, weight: Operand) -> str:
         """The weight's path, or its call site; "?" in compiled code, where there is no stack to read."""
