@@ -161,7 +161,8 @@ def _encoder_layer(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
         return _linear(route, F.linear, (F.gelu(h) if gelu else F.relu(h), w2, c2), {})
 
     def norm(x: Tensor, g: Tensor, b: Tensor) -> Tensor:
-        return F.layer_norm(x, (width,), *route.plain((g, b)), eps)
+        g, b = route.plain((g, b))
+        return F.layer_norm(x, (width,), g, b, eps)
 
     if norm_first:
         x = x + attend(norm(x, g1, b1))
