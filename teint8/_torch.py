@@ -158,11 +158,16 @@ def inductor(gm: Any, inputs: Any, mode: str | None, options: dict[str, Any]) ->
 
 
 @contextlib.contextmanager
-def without_data(values: Any) -> Any:
-    """A context for a dry run: the values of a graph's inputs as tensors without data, and sizes as numbers, which guards nothing."""
+def without_data() -> Any:
+    """A context for a dry run. It gives a function that makes of a tensor one without data, and of a symbolic size a number: no guards."""
     with FakeTensorMode() as mode:
-        yield [mode.from_tensor(v, static_shapes=True) if isinstance(v, Tensor) else number(v) if isinstance(v, torch.SymInt) else v
-               for v in values]  # fmt: skip
+
+        def fake(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return mode.from_tensor(value, static_shapes=True)
+            return number(value) if isinstance(value, torch.SymInt) else value
+
+        yield fake
 
 
 def as_traced(tensors: list[Tensor], others: Any) -> list[Tensor]:

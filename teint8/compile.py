@@ -4,8 +4,9 @@
 node by node: it is run once, under a route like that of ``quantize``, while AOTAutograd traces it, so that both decide alike.
 """
 
+import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -60,6 +61,8 @@ def backend(gm: fx.GraphModule, inputs: Sequence[Any], *, mode: str | None = Non
     """
     how, inductor = _read(options or {})
     mode = mode or (options or {}).get("mode")  # torch.compile takes one of mode and options
+    if not _has_matmuls(gm):
+        return _torch.inductor(gm, list(inputs), mode, inductor)
     training = torch.is_grad_enabled() if how.training is None else how.training
     program = _Program(gm, how, list(inputs))
     extras = [] if training else program.packable(inputs)
@@ -95,6 +98,20 @@ def _read(options: dict[str, Any]) -> tuple[_How, dict[str, Any]]:
     return how, {name: value for name, value in options.items() if name not in _OURS}
 
 
+_METHODS = {"matmul", "mm", "bmm", "addmm", "baddbmm", "__matmul__", "__rmatmul__"}
+
+
+def _has_matmuls(gm: fx.GraphModule) -> bool:
+    """Whether a graph calls anything that a route takes over; an optimizer's does not."""
+    return any(
+        n.target in HANDLERS
+        or n.target is operator.matmul
+        or _torch.hides_its_body(n.target)
+        or (n.op == "call_method" and n.target in _METHODS)
+        for n in gm.graph.nodes
+    )
+
+
 class _Extra(NamedTuple):
     """A weight whose packed form is an input of the compiled graph: its place among the inputs, and how it is packed."""
 
@@ -122,9 +139,14 @@ class _GraphRoute(BoundRoute):
 class _Interpreter(fx.Interpreter):
     """Runs the graph under a route that knows which of its values are weights."""
 
-    def __init__(self, gm: fx.GraphModule, route: _GraphRoute, weights: dict[fx.Node, tuple[int, str]]) -> None:
+    def __init__(
+        self, gm: fx.GraphModule, route: _GraphRoute, weights: dict[fx.Node, tuple[int, str]], constant: Callable[[Any], Any]
+    ) -> None:
         super().__init__(gm)
-        self.route, self.weights = route, weights
+        self.route, self.weights, self.constant = route, weights, constant
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return self.constant(super().get_attr(target, args, kwargs))
 
     def run_node(self, n: fx.Node) -> Any:
         if _torch.hides_its_body(n.target):
@@ -157,16 +179,18 @@ class _Program:
         self.placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
         self.weights = _weights(gm, self.placeholders, inputs, how.params)
 
-    def run(self, args: Sequence[Any], record: bool, held: dict[_Extra, QTensor]) -> tuple[Any, _GraphRoute]:
-        """The results of the graph under a route, and that route."""
+    def run(
+        self, args: Sequence[Any], record: bool, held: dict[_Extra, QTensor], constant: Callable[[Any], Any] = lambda value: value
+    ) -> tuple[Any, _GraphRoute]:
+        """The results of the graph under a route, and that route; ``constant`` maps what the graph holds itself."""
         route = _GraphRoute(self.how, record, held)
         with route:
-            return _Interpreter(self.gm, route, self.weights).run(*args), route
+            return _Interpreter(self.gm, route, self.weights, constant).run(*args), route
 
     def packable(self, inputs: Sequence[Any]) -> list[_Extra]:
         """What packed weights the graph wants: found by running it on tensors without data."""
-        with _torch.without_data(inputs) as values, torch.no_grad():
-            _, route = self.run(values, False, {})
+        with _torch.without_data() as fake, torch.no_grad():
+            _, route = self.run([fake(value) for value in inputs], False, {}, fake)
         return [extra for extra in route.packings if isinstance(inputs[extra.position], torch.nn.Parameter)]
 
     def fakes(self, inputs: Sequence[Any], extras: list[_Extra]) -> list[Any]:

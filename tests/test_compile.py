@@ -2,6 +2,7 @@
 
 import gc
 import importlib.metadata
+import pathlib
 import warnings
 
 import grid
@@ -173,6 +174,7 @@ def test_encoder_layers_in_inference(masks: str, norm_first: bool, activation: s
         for y in (around, torch.compile(qfn, fullgraph=True)(params, x, **kwargs), _compiled(model, receipt=receipt)(x, **kwargs)):
             assert grid.relative_error(y[seen], want) < 1e-5
         assert receipt.int8_calls == receipt.calls == 4
+        gc.collect()  # a trace that another test gave up may be alive
         assert torch.backends.mha.get_fastpath_enabled()
         assert grid.relative_error(model(x, **kwargs)[seen], want) > 1e-4  # in float, by the fused call
 
@@ -372,6 +374,18 @@ def test_dynamic_shapes_and_optimizer_steps_compile_nothing_anew(device: str) ->
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
+def test_entering_and_leaving_a_context_compiles_twice_in_all() -> None:
+    model, x = _exact("cpu")
+    compiled = torch.compile(model, fullgraph=True)
+    want = teint8.quantize(model)(dict(model.named_parameters()), x)
+    torch._dynamo.utils.counters.clear()
+    for _ in range(3):
+        torch.testing.assert_close(compiled(x), model(x))
+        with teint8.te_int8_autocast():
+            assert different(compiled(x), want) == 0
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
 def test_graph_breaks_in_user_code() -> None:
     class Broken(nn.Module):
         def __init__(self) -> None:
@@ -405,6 +419,62 @@ def test_a_whole_training_step_with_its_optimizer(device: str) -> None:
             optimizer.zero_grad()
         losses.append(float(loss))
     assert abs(losses[0] - losses[1]) < 1e-5 * losses[1]
+
+
+def test_a_step_compiled_as_a_whole() -> None:
+    losses = []
+    for compiled in (True, False):
+        torch._dynamo.reset()
+        model, x = _exact("cpu")
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+        qfn, params = teint8.quantize(model), dict(model.named_parameters())
+        forward = model if compiled else lambda x: qfn(params, x)
+
+        def step(x: torch.Tensor) -> torch.Tensor:
+            loss = forward(x).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return loss.detach()
+
+        run = torch.compile(step, backend=BACKEND) if compiled else step
+        losses.append([float(run(x)) for _ in range(4)])
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=0)
+    assert losses[0][-1] < losses[0][0]
+
+
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_modes(mode: str, device: str) -> None:
+    model, x = _exact(device)
+    want = teint8.quantize(model)(dict(model.named_parameters()), x)
+    with torch.no_grad():
+        for compiled in (torch.compile(model, backend=BACKEND, mode=mode), _compiled(model, mode=mode)):
+            torch._dynamo.reset()
+            assert [different(compiled(x), want) for _ in range(3)] == [0] * 3
+
+
+class _Served(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.qfn = teint8.quantize(model)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.qfn(dict(self.model.named_parameters()), x)
+
+
+def test_export_and_packages_that_run_from_a_file(tmp_path: pathlib.Path) -> None:
+    model, x = _exact("cpu")
+    want = teint8.quantize(model)(dict(model.named_parameters()), x)
+    rows = {"x": {0: torch.export.Dim("rows", min=2, max=100)}}
+    with torch.no_grad():
+        exported = torch.export.export(_Served(model), (x,), dynamic_shapes=rows)
+        torch.export.save(exported, tmp_path / "exported.pt2")
+        loaded = torch.export.load(tmp_path / "exported.pt2").module()
+        package = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "package.pt2"))
+        packaged = torch._inductor.aoti_load_package(package)
+        for run in (exported.module(), loaded, packaged):
+            assert different(run(x), want) == 0 and different(run(x[:3]), want[:3]) == 0
 
 
 def test_bad_options_and_strict() -> None:

@@ -15,6 +15,12 @@ def test_every_block_runs() -> None:
     exec("\n".join(blocks), {})
 
 
+def test_every_block_of_the_page_about_compiled_code_runs() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/compile.md").read_text(), re.DOTALL)
+    assert len(blocks) == 1
+    exec(blocks[0], {})
+
+
 def test_every_figure_is_the_one_that_a_benchmark_wrote(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     from tables import rows_of, with_tables
