@@ -159,7 +159,7 @@ def inductor(gm: Any, inputs: Any, mode: str | None, options: dict[str, Any]) ->
 
 @contextlib.contextmanager
 def without_data() -> Any:
-    """A context for a dry run. It gives a function that makes of a tensor one without data, and of a symbolic size a number: no guards."""
+    """A context for a dry run. It gives a function: of a tensor one without data, of a symbolic size a number, which guards nothing."""
     with FakeTensorMode() as mode:
 
         def fake(value: Any) -> Any:
