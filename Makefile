@@ -20,6 +20,7 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.test
 	$(RUN) benchmarks/cpu_minilm.py
+	$(RUN) benchmarks/compile.py
 	@if $(RUN) -c "import torch; raise SystemExit(not torch.cuda.is_available())"; then \
 	  for name in gemm quantize linear mlp decode train_step block memory overhead gpt; do $(RUN) benchmarks/$$name.py || exit 1; done; \
 	else echo "no GPU: the other benchmarks need one"; fi

@@ -16,7 +16,22 @@ ROOT = pathlib.Path(__file__).parent.parent
 PAGE, README = ROOT / "docs" / "performance.md", ROOT / "README.md"
 BEGIN, END = "<!-- tables: written by benchmarks/tables.py -->", "<!-- end of the tables -->"
 # pages in this order; a file that another version of its script wrote shows the columns it has
-NAMES = ("gemm", "quantize", "linear", "mlp", "decode", "train_step", "block", "memory", "overhead", "gpt", "cpu_minilm")
+NAMES = (
+    "gemm",
+    "quantize",
+    "linear",
+    "mlp",
+    "decode",
+    "train_step",
+    "block",
+    "memory",
+    "overhead",
+    "gpt",
+    "compile",
+    "compile_times",
+    "cpu_compile",
+    "cpu_minilm",
+)
 
 
 def cell(value: Any) -> str:

@@ -37,6 +37,10 @@ def test_every_figure_is_the_one_that_a_benchmark_wrote(monkeypatch: pytest.Monk
     wanted.append(f"INT8 training step is {share['peak of a step, int8 fused']:.2f} of eager")
     wanted.append(f"{peak['peak of a step, int8 fused'] / peak['peak of a step, bf16 compiled']:.2f} of compiled bf16's")
     assert [line for line in wanted if line not in text] == []
+    ratios = [r["to floats"] for r in rows_of("compile_times") if r["compiled"] != "floats"]
+    speed = next(r["to int8 eager"] for r in rows_of("cpu_compile") if r["way"] == "int8 compiled")
+    page = (ROOT / "docs/compile.md").read_text()
+    assert f"{min(ratios):.2f} to {max(ratios):.2f} times" in page and f"{speed:.2f} times as fast" in page
 
 
 def test_the_tables_of_the_docs_are_those_of_the_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
