@@ -1,6 +1,7 @@
 """Every private torch API that teint8 leans on, each with the versions it was seen on (2.11, 2.13) and a test."""
 
 import contextlib
+import functools
 import inspect
 import sys
 from collections.abc import Callable
@@ -155,6 +156,14 @@ def inductor(gm: Any, inputs: Any, mode: str | None, options: dict[str, Any]) ->
         **{name.replace("-", "_"): value for name, value in options.items()},
     }
     return compile_fx(gm, inputs, config_patches=patches)
+
+
+@functools.cache
+def written_once_for(*ops: Any) -> None:
+    """Let Inductor write what several calls of these ops take once; otherwise it is computed for each. Seen on torch 2.11 and 2.13."""
+    from torch._inductor.lowering import needs_realized_inputs
+
+    needs_realized_inputs.update(overload for op in ops for overload in (op, op.default))
 
 
 @contextlib.contextmanager

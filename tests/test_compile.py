@@ -3,6 +3,7 @@
 import gc
 import importlib.metadata
 import pathlib
+import re
 import warnings
 
 import grid
@@ -16,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import teint8
 from teint8 import Policy, Quant, Rule
 from teint8.compile import backend, path_of
-from teint8.ops import registry
+from teint8.ops import registry, traced
 
 TRANSFORMS = [name for name in grid.TRANSFORMS if name not in ("grad_grad", "checkpoint")]
 
@@ -146,6 +147,66 @@ def test_checkpoints_run_in_int8_and_so_do_their_recomputations(device: str) -> 
         torch._dynamo.reset()
         with pytest.raises(torch._dynamo.exc.TorchDynamoException):
             torch.compile(lambda p, x: checkpoint(lambda x, p: qfn(p, x), x, p, use_reentrant=False), fullgraph=True)(tree, x)
+
+
+@pytest.fixture
+def fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quantization in aten ops on every device."""
+    monkeypatch.setattr(traced, "FUSED_ON", ("cpu", "cuda"))
+
+
+@pytest.mark.usefixtures("fused")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("flavour", ["normal", "tiny", "zeros", "nan", "inf", "huge"])
+def test_quantization_in_aten_ops_has_the_contracts_bits(flavour: str, dtype: torch.dtype, device: str) -> None:
+    torch.manual_seed(0)
+    factor = {"tiny": 2.0**-95, "zeros": 0.0, "huge": 1e4}.get(flavour, 2.0)
+    x = (torch.randn(65, 3, 130, dtype=torch.float64) * factor).to(dtype).to(device)
+    if flavour in ("nan", "inf"):
+        x[::7, 1, 5] = float(flavour)
+    want = teint8.ops.quantize(x, impl="reference")
+    got = torch.compile(lambda x: teint8.ops.quantize(x), fullgraph=True)(x)
+    assert [different(a, b) for a, b in zip(got, want, strict=True)] == [0, 0]
+
+
+@pytest.mark.usefixtures("fused")
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("way", ["inductor", "teint8"])
+def test_transforms_with_fused_quantization(way: str, transform: str, device: str) -> None:
+    qfn, params, x = grid.programs("mlp", device=device)
+    module, run = qfn.__wrapped__, grid.TRANSFORMS[transform]
+    plain = lambda p, x: torch.func.functional_call(module, p, (x,))
+    if way == "inductor":
+        got = torch.compile(lambda p, x: run(qfn, p, x), fullgraph=True)(params, x)
+    else:
+        got = _compiled(lambda p, x: run(plain, p, x))(params, x)
+    assert grid.relative_error(got, run(qfn, params, x)) < 1e-5
+    assert all(float(t.norm()) > 0 for t in torch.utils._pytree.tree_leaves(got))
+
+
+@pytest.mark.usefixtures("fused")
+def test_fused_quantization_writes_codes_and_scales_only(device: str) -> None:
+    """RMSNorm, linear and silu(g) * u, linear: what lies between the calls of ours has no float result."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.gate, self.up, self.down = nn.RMSNorm(64), nn.Linear(64, 96), nn.Linear(64, 96), nn.Linear(96, 32)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.norm(x)
+            return self.down(F.silu(self.gate(h)) * self.up(h))
+
+    model = Block().to(device)
+    x = torch.randn(40, 64, device=device)
+    with torch.no_grad():
+        y, code = torch._inductor.utils.run_and_get_code(_compiled(model, force_disable_caches=True), x)
+        torch.testing.assert_close(y, teint8.quantize(model)(dict(model.named_parameters()), x), rtol=1e-2, atol=1e-2)
+    text = "\n".join(code)
+    assert "torch.ops.teint8.quantize" not in text and text.count("torch.ops.teint8.int8_mm.default(") == 3
+    made = re.findall(r"= empty_strided_\w+\(\((40, \d+)\), \(\d+, 1\), torch\.(\w+)\)", text)
+    # of the size of h its codes, once, for both linears, and those of what goes down; scales have a column
+    assert sorted((size, dtype) for size, dtype in made if not size.endswith(", 1")) == [("40, 64", "int8"), ("40, 96", "int8")]
 
 
 MASKS = {

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from teint8 import _torch, numerics
-from teint8.ops import registry
+from teint8.ops import registry, traced
 from teint8.ops.registry import Problem
 
 _library = torch.library.Library("teint8", "DEF")
@@ -46,6 +46,9 @@ def quantize(
         ([[64, -127], [0, 0]], torch.Size([2]))
 
     """
+    if seed is None and scale is None and group_dims == 1 and not impl and traced.fits(x):
+        codes, scales = traced.quantize(x)
+        return codes, scales
     op = _quantize if direct(x, seed, scale) else torch.ops.teint8.quantize
     codes, scales = op(x, seed, scale, group_dims, impl)
     if group_dims > 1:
