@@ -19,7 +19,7 @@ from teint8 import Policy, Quant, Rule
 from teint8.compile import backend, path_of
 from teint8.ops import registry, traced
 
-TRANSFORMS = [name for name in grid.TRANSFORMS if name not in ("grad_grad", "checkpoint")]
+TRANSFORMS = [name for name in grid.TRANSFORMS if name != "checkpoint"]
 
 
 @pytest.fixture(autouse=True)
@@ -109,8 +109,8 @@ def test_transforms_of_plain_programs(program: str, transform: str, device: str)
     if transform == "vmap_params":  # weights are inputs of the graph: what a graph computes is no weight
         params, run = grid.stacked(params), lambda q, p, x: torch.func.vmap(lambda p: q(p, x))(p)
     receipt = teint8.Receipt()
-    if program == "encoder" and transform.startswith("jvp"):  # Dynamo runs the float attention, which has no such derivative
-        with pytest.raises(torch._dynamo.exc.TorchDynamoException, match="multi_head_attention_forward"):
+    if program == "encoder" and transform in ("jvp", "jvp_grad", "grad_grad"):  # Dynamo runs the float attention, which has none
+        with pytest.raises(torch._dynamo.exc.TorchDynamoException, match="attention"):
             _compiled(lambda p, x: run(plain, p, x), receipt=receipt)(params, x)
         return
     got = _compiled(lambda p, x: run(plain, p, x), receipt=receipt, params="p")(params, x)
