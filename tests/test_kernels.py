@@ -319,6 +319,19 @@ def test_rows_do_not_depend_on_the_batch_for_any_kernel() -> None:
             assert different(ops.linear(x[:m], w), whole[:m]) == 0, m
 
 
+def _captured(run):
+    """A CUDA graph of ``run``, and the results that its replays write."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run()
+    return graph, results
+
+
 @gpu
 @pytest.mark.parametrize("m", [1, 16, 128])
 def test_under_cuda_graphs(m) -> None:
@@ -329,14 +342,7 @@ def test_under_cuda_graphs(m) -> None:
         run = lambda: model(x) + ops.gated_mlp(x, *weights)
         for _ in range(2):
             run()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            run()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            y = run()
+        graph, y = _captured(run)
         x.copy_(_values((m, 256), torch.bfloat16))
         graph.replay()
         torch.cuda.synchronize()
@@ -393,14 +399,7 @@ def test_a_training_step_under_cuda_graphs() -> None:
     x, weights = _values((192, 256), torch.bfloat16), [_values(s, torch.bfloat16) for s in ((512, 256), (512, 256), (256, 512))]
     leaves = [t.requires_grad_() for t in (x, *weights)]
     run = lambda: torch.autograd.grad(ops.gated_mlp(x, *weights, gradient="nearest"), leaves, torch.ones_like(x))
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        grads = run()
+    graph, grads = _captured(run)
     for _ in range(3):
         with torch.no_grad():
             x.copy_(_values((192, 256), torch.bfloat16))
