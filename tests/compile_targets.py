@@ -77,7 +77,8 @@ def core(name: str, arch: int, kernel, constants: dict, overrides: dict | None =
     report(name, arch, triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"enable_fp_fusion": False, **options}))
 
 
-def gluon(name: str, tile: hopper.Tile, tma: bool, split: int = 1, two: bool = False, added: bool = False) -> None:
+def gluon(name: str, tile: hopper.Tile, tma: bool, split: int = 1, two: bool = False, added: bool = False,
+          even: bool = False) -> None:  # fmt: skip
     """``added``: with a bias and a residual."""
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource
@@ -90,7 +91,7 @@ def gluon(name: str, tile: hopper.Tile, tma: bool, split: int = 1, two: bool = F
     constants = dict(
         PROGRAMS=132, CONSUMERS=tile.consumers, GROUP=tile.group, STAGES=tile.stages, PART=part, BUFFERS=tile.buffers,
         REGISTERS=tile.registers, SCALES_FIRST=tile.scales_first and not added,
-        BIAS=added, RESIDUAL=added, TMA_STORE=tma, SPLIT=split, TWO=two,
+        BIAS=added, RESIDUAL=added, TMA_STORE=tma, SPLIT=split, TWO=two, EVEN=even,
     )  # fmt: skip
     overrides = {"x_desc": x, "w_desc": w, "u_desc": w, "y_desc": y, "y_ptr": "*i32" if split > 1 else "*bf16"}
     kinds, attributes = signature(kernel, constants, overrides)
@@ -152,6 +153,7 @@ if __name__ == "__main__":
         if arch == 90:
             for name, tile in hopper.TILES.items():
                 gluon(f"hopper {name}", tile, tma=tile.block_n >= 64)
+                gluon(f"hopper {name}, even", tile, tma=tile.block_n >= 64, even=True)
                 if tile is not hopper.HUGE:
                     gluon(f"hopper {name} without TMA stores", tile, tma=False)
             for tile in {tile for tile, _ in (*hopper.RATES, *hopper.FEW) if tile is not hopper.HUGE}:

@@ -199,7 +199,8 @@ def int8_mm(
             descriptors = _descriptors(x2, w2, uq if two else w2, y2 if plan.tma_store else None, t)
             constants = (programs(device.index), t.consumers, t.group, t.stages, min(64, t.block_n), t.buffers, t.registers,
                          t.scales_first and bias is None and residual is None, bias is not None and plan.split == 1,
-                         residual is not None, plan.tma_store, plan.split, up is not None)  # fmt: skip
+                         residual is not None, plan.tma_store, plan.split, up is not None,
+                         batch == 1 and ws.stride(-1) == 1 and n % t.block_n == 0)  # fmt: skip
             launch.first(key, plan.grid, (*descriptors, *rest), constants, num_warps=4, maxnreg=t.limit, enable_fp_fusion=False)
     if plan.split > 1:
         finish(out, xs.view(-1), ws.view(-1), None if bias is None else bias.view(-1), y.view(m, n))

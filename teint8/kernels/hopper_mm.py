@@ -89,9 +89,17 @@ def _halves(x, HALF: gl.constexpr):
 
 
 @gluon.jit
-def _column_scales(ptr, first, N, stride, WIDTH: gl.constexpr, LAYOUT: gl.constexpr):
+def _column_scales(ptr, first, N, stride, WIDTH: gl.constexpr, EVEN: gl.constexpr, LAYOUT: gl.constexpr):
     columns = first + gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))
+    if EVEN:
+        return gl.load(ptr + columns)
     return gl.load(ptr + columns * stride, mask=columns < N, other=0.0)
+
+
+@gluon.jit
+def _prefetch(pointers):
+    """Bring what lies there into the L1 cache; nothing waits for it, and no register holds it."""
+    gl.inline_asm_elementwise("prefetch.global.L1 [$1]; mov.b32 $0, 0;", "=r,l", [pointers.to(gl.int64)], gl.int32, False, 1)
 
 
 @gluon.jit
@@ -101,6 +109,7 @@ def _consumer(
     WARPGROUP: gl.constexpr, PROGRAMS: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
     GROUP: gl.constexpr, STAGES: gl.constexpr, PART: gl.constexpr, BUFFERS: gl.constexpr, SCALES_FIRST: gl.constexpr,
     BIAS: gl.constexpr, RESIDUAL: gl.constexpr, TMA_STORE: gl.constexpr, SPLIT: gl.constexpr, TWO: gl.constexpr,
+    EVEN: gl.constexpr,
 ):  # fmt: skip
     ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, min(BLOCK_N, 128), 32])
     OUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, PART, 32])
@@ -117,7 +126,7 @@ def _consumer(
         first_row = (tile_m * CONSUMERS + WARPGROUP) * 64
         first_column = tile_n * BLOCK_N
         rows = first_row + gl.arange(0, 64, gl.SliceLayout(1, OUT))
-        ws = ws_ptr + batch.to(gl.int64) * stride_wsb
+        ws = ws_ptr if EVEN else ws_ptr + batch.to(gl.int64) * stride_wsb
         bias_row = bias_ptr + batch.to(gl.int64) * stride_bb
         if TWO:
             if batch == 1:
@@ -125,12 +134,18 @@ def _consumer(
                 bias_row = ub_ptr
         if SCALES_FIRST:  # their latency is hidden behind the loop, at the price of registers
             xs = gl.load(xs_ptr + batch.to(gl.int64) * stride_xsb + rows * stride_xsm, mask=rows < M, other=0.0)
-            ws0 = _column_scales(ws, first_column, N, stride_wsn, PART, OUT)
+            ws0 = _column_scales(ws, first_column, N, stride_wsn, PART, EVEN, OUT)
             if PARTS > 1:
-                ws1 = _column_scales(ws, first_column + PART, N, stride_wsn, PART, OUT)
+                ws1 = _column_scales(ws, first_column + PART, N, stride_wsn, PART, EVEN, OUT)
             if PARTS > 2:
-                ws2 = _column_scales(ws, first_column + 2 * PART, N, stride_wsn, PART, OUT)
-                ws3 = _column_scales(ws, first_column + 3 * PART, N, stride_wsn, PART, OUT)
+                ws2 = _column_scales(ws, first_column + 2 * PART, N, stride_wsn, PART, EVEN, OUT)
+                ws3 = _column_scales(ws, first_column + 3 * PART, N, stride_wsn, PART, EVEN, OUT)
+        else:
+            THREADS: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+            i = gl.arange(0, BLOCK_N, THREADS)
+            _prefetch(ws + gl.minimum(first_column + i, N - 1) * stride_wsn)
+            i = gl.arange(0, 64, THREADS)
+            _prefetch(xs_ptr + batch.to(gl.int64) * stride_xsb + gl.minimum(first_row + i, M - 1) * stride_xsm)
         for k in range(steps):
             mbarrier.wait(ready.index(index), phase)
             x_tile = x_bufs.index(index * CONSUMERS + WARPGROUP)
@@ -165,7 +180,7 @@ def _consumer(
             elif SCALES_FIRST and j == 3:
                 scale = ws3
             else:
-                scale = _column_scales(ws, first_column + j * PART, N, stride_wsn, PART, OUT)
+                scale = _column_scales(ws, first_column + j * PART, N, stride_wsn, PART, EVEN, OUT)
             sums = gl.convert_layout(parts[j], OUT)
             columns = first_column + j * PART + gl.arange(0, PART, gl.SliceLayout(0, OUT))
             inside = (rows < M)[:, None] & (columns < N)[None, :]
@@ -203,8 +218,9 @@ def _hopper_mm_kernel(
     stride_xsb, stride_xsm, stride_wsb, stride_wsn, stride_bb, stride_bn, stride_rb, stride_rm,
     PROGRAMS: gl.constexpr, CONSUMERS: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, PART: gl.constexpr,
     BUFFERS: gl.constexpr, REGISTERS: gl.constexpr, SCALES_FIRST: gl.constexpr, BIAS: gl.constexpr, RESIDUAL: gl.constexpr,
-    TMA_STORE: gl.constexpr, SPLIT: gl.constexpr, TWO: gl.constexpr,
+    TMA_STORE: gl.constexpr, SPLIT: gl.constexpr, TWO: gl.constexpr, EVEN: gl.constexpr,
 ):  # fmt: skip
+    """``EVEN``: one matmul, scales of columns dense, and no tile past the last column."""
     BLOCK_K: gl.constexpr = x_desc.block_type.shape[1]
     BLOCK_N: gl.constexpr = w_desc.block_type.shape[0]
     x_bufs = gl.allocate_shared_memory(gl.int8, [STAGES * CONSUMERS, 64, BLOCK_K], x_desc.layout)
@@ -223,24 +239,24 @@ def _hopper_mm_kernel(
     if CONSUMERS == 1:
         gl.warp_specialize(
             [
-                (_consumer, (y_desc, x_bufs, w_bufs, y_bufs, empty, ready, xs_ptr, ws_ptr, us_ptr, bias_ptr, ub_ptr, residual_ptr, y_ptr, M, N, K, BATCH, stride_xsb, stride_xsm, stride_wsb, stride_wsn, stride_bb, stride_bn, stride_rb, stride_rm, 0, PROGRAMS, CONSUMERS, BLOCK_N, BLOCK_K, GROUP, STAGES, PART, BUFFERS, SCALES_FIRST, BIAS, RESIDUAL, TMA_STORE, SPLIT, TWO)),
+                (_consumer, (y_desc, x_bufs, w_bufs, y_bufs, empty, ready, xs_ptr, ws_ptr, us_ptr, bias_ptr, ub_ptr, residual_ptr, y_ptr, M, N, K, BATCH, stride_xsb, stride_xsm, stride_wsb, stride_wsn, stride_bb, stride_bn, stride_rb, stride_rm, 0, PROGRAMS, CONSUMERS, BLOCK_N, BLOCK_K, GROUP, STAGES, PART, BUFFERS, SCALES_FIRST, BIAS, RESIDUAL, TMA_STORE, SPLIT, TWO, EVEN)),
                 (_producer, (x_desc, w_desc, u_desc, x_bufs, w_bufs, empty, ready, M, N, K, BATCH, PROGRAMS, CONSUMERS, BLOCK_N, BLOCK_K, GROUP, STAGES, SPLIT, TWO)),
             ], [1], [24],
         )  # fmt: skip
     elif CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (_consumer, (y_desc, x_bufs, w_bufs, y_bufs, empty, ready, xs_ptr, ws_ptr, us_ptr, bias_ptr, ub_ptr, residual_ptr, y_ptr, M, N, K, BATCH, stride_xsb, stride_xsm, stride_wsb, stride_wsn, stride_bb, stride_bn, stride_rb, stride_rm, 0, PROGRAMS, CONSUMERS, BLOCK_N, BLOCK_K, GROUP, STAGES, PART, BUFFERS, SCALES_FIRST, BIAS, RESIDUAL, TMA_STORE, SPLIT, TWO)),
-                (_consumer, (y_desc, x_bufs, w_bufs, y_bufs, empty, ready, xs_ptr, ws_ptr, us_ptr, bias_ptr, ub_ptr, residual_ptr, y_ptr, M, N, K, BATCH, stride_xsb, stride_xsm, stride_wsb, stride_wsn, stride_bb, stride_bn, stride_rb, stride_rm, 1, PROGRAMS, CONSUMERS, BLOCK_N, BLOCK_K, GROUP, STAGES, PART, BUFFERS, SCALES_FIRST, BIAS, RESIDUAL, TMA_STORE, SPLIT, TWO)),
+                (_consumer, (y_desc, x_bufs, w_bufs, y_bufs, empty, ready, xs_ptr, ws_ptr, us_ptr, bias_ptr, ub_ptr, residual_ptr, y_ptr, M, N, K, BATCH, stride_xsb, stride_xsm, stride_wsb, stride_wsn, stride_bb, stride_bn, stride_rb, stride_rm, 0, PROGRAMS, CONSUMERS, BLOCK_N, BLOCK_K, GROUP, STAGES, PART, BUFFERS, SCALES_FIRST, BIAS, RESIDUAL, TMA_STORE, SPLIT, TWO, EVEN)),
+                (_consumer, (y_desc, x_bufs, w_bufs, y_bufs, empty, ready, xs_ptr, ws_ptr, us_ptr, bias_ptr, ub_ptr, residual_ptr, y_ptr, M, N, K, BATCH, stride_xsb, stride_xsm, stride_wsb, stride_wsn, stride_bb, stride_bn, stride_rb, stride_rm, 1, PROGRAMS, CONSUMERS, BLOCK_N, BLOCK_K, GROUP, STAGES, PART, BUFFERS, SCALES_FIRST, BIAS, RESIDUAL, TMA_STORE, SPLIT, TWO, EVEN)),
                 (_producer, (x_desc, w_desc, u_desc, x_bufs, w_bufs, empty, ready, M, N, K, BATCH, PROGRAMS, CONSUMERS, BLOCK_N, BLOCK_K, GROUP, STAGES, SPLIT, TWO)),
             ], [4, 1], [REGISTERS, 24],
         )  # fmt: skip
     else:
         gl.warp_specialize(
             [
-                (_consumer, (y_desc, x_bufs, w_bufs, y_bufs, empty, ready, xs_ptr, ws_ptr, us_ptr, bias_ptr, ub_ptr, residual_ptr, y_ptr, M, N, K, BATCH, stride_xsb, stride_xsm, stride_wsb, stride_wsn, stride_bb, stride_bn, stride_rb, stride_rm, 0, PROGRAMS, CONSUMERS, BLOCK_N, BLOCK_K, GROUP, STAGES, PART, BUFFERS, SCALES_FIRST, BIAS, RESIDUAL, TMA_STORE, SPLIT, TWO)),
-                (_consumer, (y_desc, x_bufs, w_bufs, y_bufs, empty, ready, xs_ptr, ws_ptr, us_ptr, bias_ptr, ub_ptr, residual_ptr, y_ptr, M, N, K, BATCH, stride_xsb, stride_xsm, stride_wsb, stride_wsn, stride_bb, stride_bn, stride_rb, stride_rm, 1, PROGRAMS, CONSUMERS, BLOCK_N, BLOCK_K, GROUP, STAGES, PART, BUFFERS, SCALES_FIRST, BIAS, RESIDUAL, TMA_STORE, SPLIT, TWO)),
-                (_consumer, (y_desc, x_bufs, w_bufs, y_bufs, empty, ready, xs_ptr, ws_ptr, us_ptr, bias_ptr, ub_ptr, residual_ptr, y_ptr, M, N, K, BATCH, stride_xsb, stride_xsm, stride_wsb, stride_wsn, stride_bb, stride_bn, stride_rb, stride_rm, 2, PROGRAMS, CONSUMERS, BLOCK_N, BLOCK_K, GROUP, STAGES, PART, BUFFERS, SCALES_FIRST, BIAS, RESIDUAL, TMA_STORE, SPLIT, TWO)),
+                (_consumer, (y_desc, x_bufs, w_bufs, y_bufs, empty, ready, xs_ptr, ws_ptr, us_ptr, bias_ptr, ub_ptr, residual_ptr, y_ptr, M, N, K, BATCH, stride_xsb, stride_xsm, stride_wsb, stride_wsn, stride_bb, stride_bn, stride_rb, stride_rm, 0, PROGRAMS, CONSUMERS, BLOCK_N, BLOCK_K, GROUP, STAGES, PART, BUFFERS, SCALES_FIRST, BIAS, RESIDUAL, TMA_STORE, SPLIT, TWO, EVEN)),
+                (_consumer, (y_desc, x_bufs, w_bufs, y_bufs, empty, ready, xs_ptr, ws_ptr, us_ptr, bias_ptr, ub_ptr, residual_ptr, y_ptr, M, N, K, BATCH, stride_xsb, stride_xsm, stride_wsb, stride_wsn, stride_bb, stride_bn, stride_rb, stride_rm, 1, PROGRAMS, CONSUMERS, BLOCK_N, BLOCK_K, GROUP, STAGES, PART, BUFFERS, SCALES_FIRST, BIAS, RESIDUAL, TMA_STORE, SPLIT, TWO, EVEN)),
+                (_consumer, (y_desc, x_bufs, w_bufs, y_bufs, empty, ready, xs_ptr, ws_ptr, us_ptr, bias_ptr, ub_ptr, residual_ptr, y_ptr, M, N, K, BATCH, stride_xsb, stride_xsm, stride_wsb, stride_wsn, stride_bb, stride_bn, stride_rb, stride_rm, 2, PROGRAMS, CONSUMERS, BLOCK_N, BLOCK_K, GROUP, STAGES, PART, BUFFERS, SCALES_FIRST, BIAS, RESIDUAL, TMA_STORE, SPLIT, TWO, EVEN)),
                 (_producer, (x_desc, w_desc, u_desc, x_bufs, w_bufs, empty, ready, M, N, K, BATCH, PROGRAMS, CONSUMERS, BLOCK_N, BLOCK_K, GROUP, STAGES, SPLIT, TWO)),
             ], [4, 4, 1], [REGISTERS, REGISTERS, 24],
         )  # fmt: skip
