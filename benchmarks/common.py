@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import pathlib
 import platform
+import random
 import statistics
 import subprocess
 import time
@@ -102,12 +103,25 @@ def differing(a: torch.Tensor, b: torch.Tensor) -> int:
 
 
 def alternating(runs: dict[str, Callable[[], Any]], rounds: int = 3, seconds: float = 0.3) -> dict[str, float]:
-    """Median over rounds that alternate between the runs: what drifts drifts for all."""
+    """Median over rounds, each in an order of its own: what drifts drifts for all, and nothing runs always after the hottest.
+
+    On a GPU each is warmed up for half of its time first, until the clock is the one that its own power leaves.
+    """
     times: dict[str, list[float]] = {name: [] for name in runs}
+    order, shuffled = list(runs), random.Random(0)
     for _ in range(rounds):
-        for name, run in runs.items():
-            times[name].append(milliseconds(run, seconds))
+        shuffled.shuffle(order)
+        for name in order:
+            _warm_up(runs[name], seconds / 2)
+            times[name].append(milliseconds(runs[name], seconds))
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _warm_up(run: Callable[[], Any], seconds: float) -> None:
+    start = time.perf_counter()
+    while torch.cuda.is_available() and time.perf_counter() - start < seconds:
+        run()
+        torch.cuda.synchronize()
 
 
 def environment() -> dict[str, Any]:

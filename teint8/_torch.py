@@ -4,7 +4,7 @@ import contextlib
 import functools
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -159,11 +159,30 @@ def inductor(gm: Any, inputs: Any, mode: str | None, options: dict[str, Any]) ->
 
 
 @functools.cache
+@functools.cache
 def written_once_for(*ops: Any) -> None:
-    """Let Inductor write what several calls of these ops take once; otherwise it is computed for each. Seen on torch 2.11 and 2.13."""
-    from torch._inductor.lowering import needs_realized_inputs
+    """Let Inductor write what calls of these ops take, once; otherwise it is computed for each. Seen on torch 2.11 and 2.13."""
+    from torch._inductor import lowering
 
-    needs_realized_inputs.update(overload for op in ops for overload in (op, op.default))
+    def written(node: Any, *args: Any, **kwargs: Any) -> Any:
+        for arg in (*args, *kwargs.values()):
+            if hasattr(arg, "realize"):
+                arg.realize()
+        return lowering.constrain_to_fx_strides(node, *args, **kwargs)
+
+    for op in ops:
+        lowering.make_fallback(op, layout_constraint=written)
+
+
+@contextlib.contextmanager
+def compiling() -> Iterator[None]:
+    """What a backend of ours runs while it is traced counts as compiling, as in torch 2.13 anyway; 2.11 says so to Dynamo alone."""
+    before = torch.compiler._is_compiling_flag
+    torch.compiler._is_compiling_flag = True
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = before
 
 
 @contextlib.contextmanager
@@ -209,7 +228,19 @@ def source_name(placeholder: Any) -> str:
     return str(name() if callable(name) else name)
 
 
-def copy_source(old: Any, new: Any) -> None:
-    """Let an input of a new graph be known by the source of an old one, which AOTAutograd asks for."""
-    if hasattr(old, "_dynamo_source"):
-        new._dynamo_source = old._dynamo_source
+def as_captured(old: Any, new: Any, static: int) -> None:
+    """Let AOTAutograd know what Dynamo said of an old graph of a new one with the same inputs and ``static`` more behind them.
+
+    That is by which sources it reaches them, and which keep their address from call to call, as the new ones do: a CUDA graph reads
+    those where they are. Seen on torch 2.11 and 2.13.
+    """
+    if not hasattr(old, "_param_name_to_source"):
+        return
+    new._param_name_to_source = old._param_name_to_source
+    sources = [node for node in old.graph.nodes if node.op == "placeholder"]
+    placeholders = [node for node in new.graph.nodes if node.op == "placeholder"]
+    for node, source in zip(placeholders, sources, strict=False):
+        node._dynamo_source = source._dynamo_source
+    for node in placeholders[len(placeholders) - static :]:
+        node._dynamo_source = None
+        node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}

@@ -184,7 +184,7 @@ class _Program:
     ) -> tuple[Any, _GraphRoute]:
         """The results of the graph under a route, and that route; ``constant`` maps what the graph holds itself."""
         route = _GraphRoute(self.how, record, held)
-        with route:
+        with route, _torch.compiling():
             return _Interpreter(self.gm, route, self.weights, constant).run(*args), route
 
     def packable(self, inputs: Sequence[Any]) -> list[_Extra]:
@@ -218,7 +218,6 @@ class _Program:
         for node in self.placeholders:
             copied = graph.placeholder(node.name)
             copied.meta = dict(node.meta)
-            _torch.copy_source(node, copied)
             args.append(copied)
         for i in range(len(extras)):
             args += [graph.placeholder(f"codes_{i}"), graph.placeholder(f"scale_{i}")]
@@ -227,6 +226,7 @@ class _Program:
         graph.output(tuple(graph.call_function(_item, (whole, i)) for i in range(len(results))))  # type: ignore[arg-type]
         made = fx.GraphModule(self.gm, graph)
         made.meta = dict(self.gm.meta)
+        _torch.as_captured(self.gm, made, 2 * len(extras))
         return made
 
 

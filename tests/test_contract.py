@@ -35,7 +35,7 @@ def test_triton_interpreter(case: Case) -> None:
 @SETTINGS
 @given(case=cases)
 def test_gpu(case: Case) -> None:
-    check(case, "cuda", ("triton",))
+    check(case, "cuda", ("triton", "triton-hopper", "triton-gemv", "cublas"))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -42,7 +42,7 @@ SQUARE = Tile(2, 128, 6, buffers=1)
 LOW = Tile(1, 128, 8)
 SMALL = Tile(1, 64, 10)
 TINY = Tile(1, 32, 16)
-HUGE = Tile(3, 256, 3, scales_first=False, group=16, limit=128, registers=160)
+HUGE = Tile(3, 256, 3, scales_first=False, group=12, limit=128, registers=160)
 TILES = {"wide": WIDE, "square": SQUARE, "low": LOW, "small": SMALL, "tiny": TINY, "huge": HUGE}
 
 # how fast a tile is where it fills the card, to the second: benchmarks/gemm.py --sweep, and a training step, on an H100 (Triton 3.6).

@@ -106,6 +106,16 @@ def _few(x: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None, dtype: torch.dt
     return gemv.gemv(x, None, wq, ws, bias, dtype)
 
 
+def _few_mm(xq: Tensor, xs: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Codes of one to four rows by those of a weight."""
+    from teint8.kernels import gemv
+
+    if xq.ndim == 3:
+        return _few_mm(xq[0], xs[0], wq[0], ws[0], None if bias is None else bias[0], dtype).unsqueeze(0)
+    xq, wq = (q if gemv.usable(q) else q.clone(memory_format=torch.contiguous_format) for q in (xq, wq))
+    return gemv.gemv(xq, xs, wq, ws, bias, dtype)
+
+
 def _few_mlp(x: Tensor, gate: Any, up: Any, down: Any, biases: Any, kind: str) -> Tensor | None:
     """An MLP of one to four rows; None where codes cannot be read as words."""
     from teint8.kernels import gemv
@@ -210,7 +220,13 @@ def _hopper_mlp_why_not(problem: Problem) -> str | None:
     return f"M is {problem.m}; it is for up to 64 rows" if problem.m > 64 else _hopper_why_not(problem)
 
 
-def _few_mlp_why_not(problem: Problem) -> str | None:
+def _few_mm_why_not(problem: Problem) -> str | None:
+    if problem.batch != 1 or problem.k % 4:
+        return "one matmul and K a multiple of 4 are needed"
+    return _fewest_why_not(problem)
+
+
+def _fewest_why_not(problem: Problem) -> str | None:
     if problem.m > 2 and _hopper_why_not(problem) is None:
         return f"M is {problem.m}; tensor cores are faster for more than 2 rows"
     return _few_why_not(problem)
@@ -253,6 +269,7 @@ def _interpreter_why_not(problem: Problem) -> str | None:
 def register_all() -> None:
     """Register Triton for GPUs, and its interpreter, which runs only when asked for by name."""
     register("int8_mm", "triton-hopper", _hopper, device="cuda", priority=30, why_not=_hopper_why_not, flat=True, adds=True)
+    register("int8_mm", "triton-gemv", _few_mm, device="cuda", priority=35, why_not=_few_mm_why_not, flat=True)
     register("int8_mm", "cublas", _cublas, device="cuda", priority=15, why_not=_cublas_why_not)
     register("int8_mm", "cublas-measured", _cublas, device="cuda", priority=40, why_not=_measured_why_not)
     for op, run in (
@@ -266,4 +283,4 @@ def register_all() -> None:
     register("linear", "triton", _linear, device="cuda", priority=20, why_not=_why_not)
     register("linear", "triton-gemv", _few, device="cuda", priority=30, why_not=_few_why_not)
     register("mlp", "triton-hopper", _hopper_mlp, device="cuda", priority=25, why_not=_hopper_mlp_why_not)
-    register("mlp", "triton-gemv", _few_mlp, device="cuda", priority=30, why_not=_few_mlp_why_not)
+    register("mlp", "triton-gemv", _few_mlp, device="cuda", priority=30, why_not=_fewest_why_not)

@@ -15,9 +15,10 @@ from teint8.ops.registry import Problem
 
 _library = torch.library.Library("teint8", "DEF")
 _library.define("quantize(Tensor x, Tensor? seed, Tensor? scale, int group_dims, str impl) -> (Tensor, Tensor)")
-_library.define(
-    "int8_mm(Tensor x_codes, Tensor x_scale, Tensor w_codes, Tensor w_scale, Tensor? bias, ScalarType dtype, str impl) -> Tensor"
-)
+_library.define("int8_mm(Tensor x_codes, Tensor x_scale, Tensor w_codes, Tensor w_scale, Tensor? bias, str dtype, str impl) -> Tensor")
+# a dtype travels by its name: AOTInductor of torch 2.11 hands another ScalarType to an op than it was given
+_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
+_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 
 
 def quantize(
@@ -87,8 +88,9 @@ def int8_mm(
         tensor([[5.0158]])
 
     """
-    op = _int8_mm if direct(x_codes, x_scale, w_codes, w_scale, bias) else torch.ops.teint8.int8_mm
-    y: Tensor = op(x_codes, x_scale, w_codes, w_scale, bias, dtype, impl)
+    if direct(x_codes, x_scale, w_codes, w_scale, bias):
+        return _int8_mm(x_codes, x_scale, w_codes, w_scale, bias, dtype, impl)
+    y: Tensor = torch.ops.teint8.int8_mm(x_codes, x_scale, w_codes, w_scale, bias, _NAMES[dtype], impl)
     return y
 
 
@@ -227,7 +229,11 @@ def _empty_mm(x_codes: Tensor, x_scale: Tensor, w_codes: Tensor, bias: Tensor | 
 
 
 _library.impl("quantize", _quantize, "CompositeExplicitAutograd")
-_library.impl("int8_mm", _int8_mm, "CompositeExplicitAutograd")
+_library.impl(
+    "int8_mm",
+    lambda xq, xs, wq, ws, bias, dtype, impl: _int8_mm(xq, xs, wq, ws, bias, _DTYPES[dtype], impl),
+    "CompositeExplicitAutograd",
+)
 
 
 @torch.library.register_fake("teint8::quantize", lib=_library)  # type: ignore[untyped-decorator]
@@ -243,10 +249,10 @@ def _int8_mm_fake(
     w_codes: Tensor,
     w_scale: Tensor,
     bias: Tensor | None,
-    dtype: torch.dtype,
+    dtype: str,
     impl: str,
 ) -> Tensor:
-    return x_codes.new_empty((*x_codes.shape[:-1], w_codes.shape[-2]), dtype=dtype)
+    return x_codes.new_empty((*x_codes.shape[:-1], w_codes.shape[-2]), dtype=_DTYPES[dtype])
 
 
 def front(t: Tensor, dim: int | None, size: int) -> Tensor:
@@ -275,7 +281,7 @@ def _int8_mm_vmap(
     w_codes: Tensor,
     w_scale: Tensor,
     bias: Tensor | None,
-    dtype: torch.dtype,
+    dtype: str,
     impl: str,
 ) -> Any:
     size, weight_dims = info.batch_size, in_dims[2:5]
