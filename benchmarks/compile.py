@@ -39,8 +39,8 @@ def row(work: str, way: str, took: dict[str, float], base: str, error: float) ->
     return {"work": work, "way": way, "ms": took[way], f"to {base}": took[base] / took[way], "error": error}
 
 
-def forward(work: str, model: nn.Module, x: torch.Tensor, mode: str | None = None) -> list[dict[str, object]]:
-    """Inference: packed weights."""
+def forward(work: str, model: nn.Module, x: torch.Tensor, mode: str | None = None, most: float = 0.06) -> list[dict[str, object]]:
+    """Inference: packed weights; ``most``: the error that is allowed."""
     torch._dynamo.reset()
     plain, int8 = (torch.compile(model, backend=b, mode=mode) for b in ("inductor", backend))
     context = teint8.te_int8_autocast(training=False)
@@ -53,7 +53,7 @@ def forward(work: str, model: nn.Module, x: torch.Tensor, mode: str | None = Non
     with torch.no_grad():
         exact = model(x)
         errors = {name: relative_error(run(), exact) for name, run in runs.items()}
-        assert max(errors.values()) < 0.06, errors
+        assert max(errors.values()) < most, errors
         took = alternating(runs, rounds=5)
     return [row(work, name, took, "bf16 compiled", errors[name]) for name in runs]
 
@@ -102,8 +102,12 @@ def on_gpu() -> list[dict[str, object]]:
     x = torch.randn(16384, K, device="cuda", dtype=torch.bfloat16)
     rows += forward("MLP forward, 16384 tokens", model, x)
     rows += step("MLP step, 16384 tokens", model, x)
-    rows += forward("MLP forward, 1 token, reduce-overhead", model, x[:1].detach().clone(), "reduce-overhead")
-    del model
+    one = x[:1].detach().clone()
+    rows += forward("MLP forward, 1 token, reduce-overhead", model, one, "reduce-overhead")
+    # one alone is bound by the host, which replays graphs
+    stack = nn.Sequential(model, *(SwiGLU(K, N) for _ in range(7)))
+    rows += forward("8 MLPs in a row, 1 token, reduce-overhead", stack, one, "reduce-overhead", most=0.15)
+    del model, stack
     block = Block()
     x = torch.randn(BATCH, TOKENS, WIDTH, device="cuda", dtype=torch.bfloat16)
     return rows + forward("block forward, 16384 tokens", block, x) + step("block step, 16384 tokens", block, x)
@@ -161,8 +165,11 @@ def compile_times() -> list[dict[str, object]]:
 
 def main(folder: pathlib.Path = OUT) -> None:
     warnings.filterwarnings("ignore")
-    save("compile_times", compile_times(), folder)
-    save("compile" if torch.cuda.is_available() else "cpu_compile", on_gpu() if torch.cuda.is_available() else on_cpu(), folder)
+    if torch.cuda.is_available():
+        save("compile", on_gpu(), folder)
+    else:
+        save("compile_times", compile_times(), folder)
+        save("cpu_compile", on_cpu(), folder)
 
 
 if __name__ == "__main__":

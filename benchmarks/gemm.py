@@ -44,7 +44,7 @@ def row(m: int, n: int, k: int) -> dict[str, object]:
     }
     if m > 16:
         runs["cublas int8, no epilogue"] = lambda: torch._int_mm(xq, wq.t())
-    took = alternating({name: graphed(run) for name, run in runs.items()}, rounds=5, seconds=0.2)
+    took = alternating({name: graphed(run) for name, run in runs.items()}, rounds=5, seconds=0.1)
     tera = 2e-9 * m * n * k
     speeds = {f"{name} T": round(tera / took[name], 1) if name in took else None for name in (*runs, "cublas int8, no epilogue")}
     return {"M": m, "N": n, "K": k, **speeds, "to bf16": took["bf16"] / took["int8"], "to fp8": took["fp8"] / took["int8"]}

@@ -80,7 +80,7 @@ def rows_of(m: int, k: int, n: int) -> list[dict[str, object]]:
         errors[name] = max(relative_error(leaf.grad, e) for leaf, e in zip(leaves[name], exact, strict=True))  # type: ignore[arg-type]
         kept[name] = kept_bytes(runs[name])
         assert errors[name] < 0.12, (name, errors[name])
-    took = alternating({name: step(name) for name in runs}, rounds=5)
+    took = alternating({name: step(name) for name in runs}, rounds=5, seconds=0.2)
     base, fp8 = took["bf16 compiled"], took.get("torchao fp8 tensorwise")
     return [{"tokens": m, "width": k, "hidden": n, "step": name, "ms": took[name], "to bf16 compiled": base / took[name],
              "to torchao fp8": fp8 / took[name] if fp8 else None,

@@ -16,7 +16,7 @@ from teint8 import _torch
 from teint8.policy import Policy
 from teint8.qtensor import QTensor
 from teint8.transforms.calls import HANDLERS, Operand
-from teint8.transforms.held import held_of
+from teint8.transforms.held import Follower, held_of
 from teint8.transforms.quantize import BoundRoute
 from teint8.transforms.receipt import Receipt
 
@@ -71,10 +71,12 @@ def backend(gm: fx.GraphModule, inputs: Sequence[Any], *, mode: str | None = Non
     if not extras:
         return compiled
 
+    followers = [(extra.position, Follower(extra.axis, extra.granularity)) for extra in extras]
+
     def run(*args: Any) -> Any:
         more: list[Tensor] = []
-        for extra in extras:
-            packed = held_of(args[extra.position]).get(args[extra.position], extra.axis, extra.granularity)
+        for position, follower in followers:
+            packed = follower.get(args[position])
             more += (packed.codes, packed.scale)
         return compiled(*args, *more)
 

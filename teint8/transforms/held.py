@@ -98,6 +98,33 @@ def held_of(weight: Tensor) -> Held:
     return held  # type: ignore[return-value]
 
 
+class Follower:
+    """A packed form of what fills one place of a compiled graph, met at every call: of a weight that did not change in a few checks.
+
+    Shapes, strides and dtypes are not among them: the guards of the graph hold those.
+    """
+
+    __slots__ = ("_last", "axis", "granularity")
+
+    def __init__(self, axis: int, granularity: str) -> None:
+        self.axis, self.granularity = axis, granularity
+        self._last: tuple[weakref.ref[Tensor], Held, Entry] | None = None  # replaced as a whole: threads may share it
+
+    def get(self, weight: Tensor) -> QTensor:
+        """The packed weight, as ``Held.get`` gives it."""
+        last = self._last
+        if last is not None and last[0]() is weight:
+            _, held, entry = last
+            steps, version, address, *_ = entry.place
+            same = held.steps == steps and weight._version == version and weight.data_ptr() == address
+            if same and held.packed.get((self.axis, self.granularity)) is entry and not entry.storage.expired():
+                return entry.packed
+        held = held_of(weight)
+        packed = held.get(weight, self.axis, self.granularity)
+        self._last = weakref.ref(weight), held, held.packed[self.axis, self.granularity]
+        return packed
+
+
 def all_entries() -> list[Entry]:
     """The packed forms of every weight that is alive."""
     with _lock:
