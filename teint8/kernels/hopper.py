@@ -38,7 +38,7 @@ class Tile(NamedTuple):
 
 
 WIDE = Tile(2, 256, 4, group=16)
-SQUARE = Tile(2, 128, 6, buffers=1)
+SQUARE = Tile(2, 128, 6)
 LOW = Tile(1, 128, 8)
 SMALL = Tile(1, 64, 10)
 TINY = Tile(1, 32, 16)
