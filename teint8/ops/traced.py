@@ -8,7 +8,7 @@ from torch import Tensor
 from teint8 import _torch, numerics
 
 FUSED_ON: tuple[str, ...] = ("cuda",)
-"""Devices where this is done. On a CPU the kernel in C is faster; "cuda" belongs here as soon as it has been run on one."""
+"""Devices where this is done: on a CPU the kernel in C is faster."""
 
 
 def fits(x: Tensor) -> bool:
