@@ -151,17 +151,19 @@ class te_int8_autocast(Route):
         held = held_of(owner)
         return Operand(t, self._path_of(owner, held), transposed, (owner, held))
 
-    def multiply(self, op: str, x: Any, weight: Operand, axis: int, bias: Any, float_call: Any, rows: Any = None) -> Any:
-        lean = weight.held is not None and axis == -1 and rows is None and not self.training and _is_inference(x, bias)
+    def multiply(
+        self, op: str, x: Any, weight: Operand, axis: int, bias: Any, float_call: Any, rows: Any = None, ends: Any = None
+    ) -> Any:
+        lean = ends is None and weight.held is not None and axis == -1 and rows is None and not self.training and _is_inference(x, bias)
         if not lean or self._policy is None or weight.transposed or self._paths_matter or weight.held[0].is_inference():
-            return super().multiply(op, x, weight, axis, bias, float_call, rows)
+            return super().multiply(op, x, weight, axis, bias, float_call, rows, ends)
         owner, held = weight.held
         known = (owner.shape, owner.dtype, owner.device, None if bias is None else (bias.shape, bias.dtype, bias.device))
         key = (self._policy, registry.generation(), op, x.shape, x.dtype, x.device, known)
         plan = held.plans.get(key)
         if plan is None:  # decided by the long way, once
             self._plan(key, op, x, weight, bias)
-            return super().multiply(op, x, weight, axis, bias, float_call, rows)
+            return super().multiply(op, x, weight, axis, bias, float_call, rows, ends)
         if not torch.is_inference_mode_enabled():  # a reentrant checkpoint records without gradients
             self.replay_in_checkpoints()
         self._remember(plan, op, x, weight, bias)
@@ -234,7 +236,8 @@ class te_int8_autocast(Route):
 
     def weight_codes(self, weight: Operand, value: Any, axis: int, rule: Rule, cut: Any) -> tuple[Tensor, ...] | None:
         """A weight's codes, made once in a context: they serve every microbatch until an optimizer steps."""
-        if weight.held is None or weight.transposed or axis != -1 or cut is not None or isinstance(value, QTensor):
+        as_held = axis == (-2 if weight.transposed else -1)
+        if weight.held is None or not as_held or cut is not None or isinstance(value, QTensor):
             return None
         owner, held = weight.held
         if not self.training or rule.compute != "int8" or rule.weight is None or not _torch.no_dispatch_modes() or owner.is_inference():

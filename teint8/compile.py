@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from teint8 import _torch
 from teint8.policy import Policy
 from teint8.qtensor import QTensor
-from teint8.transforms.calls import HANDLERS, Operand
+from teint8.transforms.calls import HANDLERS, Operand, know_transformers
 from teint8.transforms.held import Follower, held_of
 from teint8.transforms.quantize import BoundRoute
 from teint8.transforms.receipt import Receipt
@@ -105,6 +105,7 @@ _METHODS = {"matmul", "mm", "bmm", "addmm", "baddbmm", "__matmul__", "__rmatmul_
 
 def _has_matmuls(gm: fx.GraphModule) -> bool:
     """Whether a graph calls anything that a route takes over; an optimizer's does not."""
+    know_transformers()
     return any(
         n.target in HANDLERS
         or n.target is operator.matmul

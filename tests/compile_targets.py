@@ -19,6 +19,7 @@ from teint8.kernels import (
     dequantize,
     finish,
     gemv,
+    grouped_mm,
     hopper,
     int8_mm,
     norm,
@@ -106,6 +107,10 @@ def kernels(arch: int) -> None:
         sizes = dict(BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, GROUP=8)
         constants = dict(HAS_BIAS=True, EVEN_K=True, WIDE=False, WIDE_EVERY=1024, **sizes)
         core(f"int8_mm {tuple(c)}", arch, int8_mm._int8_mm_kernel, constants, {"x_ptr": "*i8"}, num_warps=c.warps, num_stages=c.stages)
+        sizes.pop("GROUP")
+        grouped = dict(EVEN_K=True, WIDE=False, WIDE_EVERY=1024, MOST_GROUPS=16, **sizes)
+        core(f"grouped_mm {tuple(c)}", arch, grouped_mm._grouped_mm_kernel, grouped, {"x_ptr": "*i8", "ends_ptr": "*i32"},
+             num_warps=c.warps, num_stages=c.stages)  # fmt: skip
     rows = dict(STOCHASTIC=False, STATIC=False, BLOCK_M=1, BLOCK_K=16384, ONE_BLOCK=True)
     core("quantize", arch, quantize._quantize_kernel, rows, num_warps=4)
     for kind, backward, value, blocks in (

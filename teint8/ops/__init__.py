@@ -2,6 +2,7 @@
 
 from teint8.ops import cpu, cuda
 from teint8.ops.activate import activate
+from teint8.ops.grouped import grouped_linear
 from teint8.ops.linear import linear
 from teint8.ops.mlp import gated_mlp, merged_linear, mlp
 from teint8.ops.norm import norm, norm_linear
@@ -17,6 +18,7 @@ __all__ = [
     "Problem",
     "activate",
     "gated_mlp",
+    "grouped_linear",
     "implementations",
     "int8_mm",
     "linear",

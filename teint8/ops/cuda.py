@@ -72,6 +72,12 @@ def _int8_mm(xq: Tensor, xs: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None
     return int8_mm.int8_mm(xq, xs, wq, ws, bias, dtype)
 
 
+def _grouped_mm(*args: Any) -> Tensor:
+    from teint8.kernels import grouped_mm
+
+    return grouped_mm.grouped_mm(*args)
+
+
 def _hopper(
     xq: Tensor, xs: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None, dtype: torch.dtype, residual: Tensor | None = None
 ) -> Tensor:
@@ -278,6 +284,8 @@ def register_all() -> None:
         pairs = op in ("quantize", "quantize_both")
         register(op, "triton", run, device="cuda", priority=20, why_not=_why_not, pairs=pairs)
         register(op, "triton-interpreter", run, device="cpu", priority=-1, why_not=_interpreter_why_not, pairs=pairs)
+    register("grouped_mm", "triton", _grouped_mm, device="cuda", priority=20, why_not=_why_not)
+    register("grouped_mm", "triton-interpreter", _grouped_mm, device="cpu", priority=-1, why_not=_interpreter_why_not)
     register("norm", "triton", _norm, device="cuda", priority=20, why_not=_norm_why_not)
     register("norm", "triton-interpreter", _norm, device="cpu", priority=-1, why_not=_norm_why_not)
     register("linear", "triton", _linear, device="cuda", priority=20, why_not=_why_not)

@@ -17,8 +17,8 @@ _library = torch.library.Library("teint8", "DEF")
 _library.define("quantize(Tensor x, Tensor? seed, Tensor? scale, int group_dims, str impl) -> (Tensor, Tensor)")
 _library.define("int8_mm(Tensor x_codes, Tensor x_scale, Tensor w_codes, Tensor w_scale, Tensor? bias, str dtype, str impl) -> Tensor")
 # a dtype travels by its name: AOTInductor of torch 2.11 hands another ScalarType to an op than it was given
-_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
-_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
+DTYPES = {name: dtype for dtype, name in NAMES.items()}
 
 
 def quantize(
@@ -90,7 +90,7 @@ def int8_mm(
     """
     if direct(x_codes, x_scale, w_codes, w_scale, bias):
         return _int8_mm(x_codes, x_scale, w_codes, w_scale, bias, dtype, impl)
-    y: Tensor = torch.ops.teint8.int8_mm(x_codes, x_scale, w_codes, w_scale, bias, _NAMES[dtype], impl)
+    y: Tensor = torch.ops.teint8.int8_mm(x_codes, x_scale, w_codes, w_scale, bias, NAMES[dtype], impl)
     return y
 
 
@@ -231,7 +231,7 @@ def _empty_mm(x_codes: Tensor, x_scale: Tensor, w_codes: Tensor, bias: Tensor | 
 _library.impl("quantize", _quantize, "CompositeExplicitAutograd")
 _library.impl(
     "int8_mm",
-    lambda xq, xs, wq, ws, bias, dtype, impl: _int8_mm(xq, xs, wq, ws, bias, _DTYPES[dtype], impl),
+    lambda xq, xs, wq, ws, bias, dtype, impl: _int8_mm(xq, xs, wq, ws, bias, DTYPES[dtype], impl),
     "CompositeExplicitAutograd",
 )
 
@@ -252,7 +252,7 @@ def _int8_mm_fake(
     dtype: str,
     impl: str,
 ) -> Tensor:
-    return x_codes.new_empty((*x_codes.shape[:-1], w_codes.shape[-2]), dtype=_DTYPES[dtype])
+    return x_codes.new_empty((*x_codes.shape[:-1], w_codes.shape[-2]), dtype=DTYPES[dtype])
 
 
 def front(t: Tensor, dim: int | None, size: int) -> Tensor:

@@ -23,6 +23,8 @@ Ops and what their implementations are called with (always these shapes; broadca
               optional: linear, activation, linear in one, for inference; n is that of the gate.
 ``norm``      ``run(x (M, K) float, residual | None, weight (K,) | None, bias (K,) | None, kind, eps, codes, values) -> [tensors]``
               as ``norms.value`` of x + residual: that sum where there is a residual, the values, the codes and scales, as asked for.
+``grouped_mm`` ``run(xq (M, K), xs (M,), wq (G, N, K), ws (G, N), ends (G,) int, dtype) -> (M, N)``: ``int8_mm`` of rows that end at
+              ends[g] by weight g; 0 behind the last; batch is the number of groups.
 
 No size is 0: empty problems are answered before an implementation is looked for.
 """
@@ -35,7 +37,7 @@ import torch
 
 from teint8 import activations, norms, numerics
 
-OPS = ("quantize", "int8_mm", "linear", "quantize_both", "activation", "mlp", "norm")
+OPS = ("quantize", "int8_mm", "linear", "quantize_both", "activation", "mlp", "norm", "grouped_mm")
 
 
 class Problem(NamedTuple):

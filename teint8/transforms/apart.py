@@ -35,6 +35,7 @@ def leave() -> None:
 def enter_traced() -> bool:
     """A route is entered in code that Dynamo traces: it runs this once, while it traces, and a trace may be given up in between."""
     enter()
+    _torch.let_modes_see(torch._grouped_mm)
     _traced.append(weakref.finalize(_torch.tracing_context(), leave))
     return True
 

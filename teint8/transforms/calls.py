@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -185,6 +186,30 @@ def _scaled_dot_product_attention(route: Route, func: Any, args: Any, kwargs: An
     return func(*args, **kwargs)
 
 
+def _grouped(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
+    """Rows (M, K) sorted by expert, by weights (G, K, N) of which each has its own rows: ``F.grouped_mm``."""
+    names = ("mat_a", "mat_b", "offs", "bias", "out_dtype")
+    x, w, ends, bias, dtype = shapes.bind(names, args, kwargs, also=("input", "weight", "offs", "bias", "out_dtype"))
+    if w is None:
+        w = kwargs.get("mat2")  # torch._grouped_mm
+    x = args[0] if args else kwargs.get("self", x)
+
+    def in_float() -> Any:
+        (whole,) = route.plain((w,))
+        return _FLOAT_GROUPED[func](x, whole, ends, *(() if bias is dtype is None else (bias, dtype)))
+
+    weight = route.operand(w) or Operand(w)
+    reason = ""
+    if ends is None or x.ndim != 2 or w.ndim != 3:
+        reason = f"grouped along another dimension: {tuple(x.shape)} by {tuple(w.shape)}"
+    elif bias is not None or dtype not in (None, x.dtype):
+        reason = "it has a bias, or a result of another dtype"
+    if reason:
+        route.stays_float(weight, "matmul", reason)
+        return in_float()
+    return route.multiply("matmul", x, weight, -2, None, in_float, ends=ends)
+
+
 _ATEN = {
     torch.matmul: torch.ops.aten.matmul,
     Tensor.matmul: torch.ops.aten.matmul,
@@ -195,6 +220,11 @@ _ATEN = {
     Tensor.bmm: torch.ops.aten.bmm,
 }
 """What a call that stays float runs: its aten op, which a surrounding route does not take over a second time."""
+
+_FLOAT_GROUPED: dict[Any, Callable[..., Any]] = {
+    F.grouped_mm: torch.ops.aten._grouped_mm,
+    torch._grouped_mm: torch.ops.aten._grouped_mm,
+}
 
 HANDLERS: dict[Any, Callable[[Route, Any, Any, Any], Any]] = {
     **dict.fromkeys(_ATEN, _matmul),
@@ -208,4 +238,16 @@ HANDLERS: dict[Any, Callable[[Route, Any, Any, Any], Any]] = {
     torch._native_multi_head_attention: _native_attention,
     torch._transformer_encoder_layer_fwd: _encoder_layer,
     F.scaled_dot_product_attention: _scaled_dot_product_attention,
+    **dict.fromkeys(_FLOAT_GROUPED, _grouped),
 }
+
+
+def know_transformers() -> None:
+    """Take over the op by which transformers multiplies experts where torch's own cannot be compiled; once it is there."""
+    if "transformers.integrations.moe" not in sys.modules:
+        return
+    packet = getattr(torch.ops.transformers, "grouped_mm_fallback", None)
+    if packet is not None and packet not in HANDLERS:
+        for op in (packet, packet.default):
+            _FLOAT_GROUPED[op] = packet.default
+            HANDLERS[op] = _grouped

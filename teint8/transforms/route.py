@@ -17,7 +17,7 @@ from teint8.ops.shared import Shared
 from teint8.policy import Policy, Rule
 from teint8.qtensor import QTensor
 from teint8.transforms import apart, callsite, shapes
-from teint8.transforms.calls import HANDLERS, Operand
+from teint8.transforms.calls import HANDLERS, Operand, know_transformers
 from teint8.transforms.receipt import Receipt
 
 
@@ -33,6 +33,8 @@ class Route(TorchFunctionMode):
 
     def __init__(self, policy: Policy, strict: bool, receipt: Receipt | None) -> None:
         super().__init__()
+        if not torch.compiler.is_compiling():
+            know_transformers()
         self.policy, self.strict, self.receipt = policy, strict, receipt
         self.matched: set[int] = set()
         self.shared: Shared | None = None  # where codes of activations are kept for the next call that takes the same one
@@ -136,17 +138,20 @@ class Route(TorchFunctionMode):
                 "(the first match wins; teint8.explain lists the paths), or leave strict off"
             )
 
-    def multiply(self, op: str, x: Any, weight: Operand, axis: int, bias: Any, float_call: Callable[[], Any], rows: Any = None) -> Any:
+    def multiply(
+        self, op: str, x: Any, weight: Operand, axis: int, bias: Any, float_call: Callable[[], Any], rows: Any = None, ends: Any = None
+    ) -> Any:
         """x (..., K) by a weight whose contracted dimension is ``axis`` of its layout in this call: INT8, or ``float_call``.
 
         Args:
             rows: a slice of the output channels, for weights that hold several projections.
+            ends: where the rows of each weight of a batch end, for a mixture of experts.
 
         """
         x = self.plain(x)
         path = self.path(weight)
         rule = self.rule(path, op)
-        reason = _why_float(op, rule, x, weight, axis)
+        reason = _why_float(op, rule, x, weight, axis) or (_why_not_grouped(rule) if ends is not None else "")
         if reason:
             if self.strict and rule is not None and rule.weight is not None:
                 raise ValueError(
@@ -162,17 +167,22 @@ class Route(TorchFunctionMode):
         cut = None
         if rows is not None:
             value, bias, cut = shapes.channels(value, bias, rows, rule.weight.granularity)
-        x = shapes.align(x, value)
+        x = x if ends is not None else shapes.align(x, value)
         impl = "reference" if rule.compute == "simulate" else ""
         if (self.receipt is not None or self.strict) and not torch.compiler.is_dynamo_compiling():
-            ran_as = _ran_as(x, value, rule)
+            ran_as = _ran_as(x, value, rule, ends is not None)
             if self.strict and ran_as == "reference" and rule.compute == "int8":
                 raise ValueError(
                     f"strict: {path} ({op}) has no INT8 kernel for {x.dtype} on {x.device}: only the plain-torch reference can run it. "
                     "Register one with teint8.ops.register, ask for Rule(compute='simulate'), or leave strict off"
                 )
-            self.record(path, op, x, weight, axis, rows, ran_as, mode_of(rule), "")
+            self.record(path, op, x, weight, axis, rows, ran_as, mode_of(rule, ends is not None), "")
         self.replay_in_checkpoints()
+        if ends is not None:
+            gradient = None if rule.gradient is None else rule.gradient.rounding
+            codes = self.weight_codes(weight, value, axis, rule, cut)
+            granularity = rule.weight.granularity
+            return ops.grouped_linear(x, value, ends, weight_granularity=granularity, gradient=gradient, impl=impl, weight_codes=codes)
         activation = rule.activation
         y = ops.linear(
             x,
@@ -239,26 +249,38 @@ def _why_float(op: str, rule: Rule | None, x: Any, weight: Operand, axis: int) -
     return shapes.why_not(x, value)
 
 
-def mode_of(rule: Rule) -> str:
-    """What a rule asks for, as the receipt says it: "W8A8", "W8A16", with "dX" and "dW" where the backward is INT8 too."""
+def _why_not_grouped(rule: Rule | None) -> str:
+    """The reason why a mixture of experts stays float under a rule that wants it in INT8, or ""."""
+    activation = None if rule is None else rule.activation
+    if activation is None:
+        return "experts have no W8A16"
+    fits = activation.granularity == "row" and activation.scale == "dynamic"
+    return "" if fits else "the activation of experts has a dynamic scale a token, and no other"
+
+
+def mode_of(rule: Rule, grouped: bool = False) -> str:
+    """What a rule asks for, as the receipt says it: "W8A8", "W8A16", with "dX" and "dW" where the backward is INT8 too.
+
+    The dW of a mixture of experts (``grouped``) is in float.
+    """
     if rule.activation is None:
         return "W8A16"
     if rule.gradient is None:
         return "W8A8"
-    return "W8A8 dX dW" if rule.wgrad == "int8" else "W8A8 dX"
+    return "W8A8 dX dW" if rule.wgrad == "int8" and not grouped else "W8A8 dX"
 
 
-def _ran_as(x: Tensor, value: Any, rule: Rule) -> str:
-    """The name of the implementation that ``ops.linear`` will select."""
+def _ran_as(x: Tensor, value: Any, rule: Rule, grouped: bool) -> str:
+    """The name of the implementation that ``ops.linear``, or ``ops.grouped_linear``, will select."""
     if rule.compute == "simulate":
         return "reference"
     if rule.activation is None:
         return "dequantized"
     n = value.shape[-2] if not isinstance(value, QTensor) or value.axis == -1 else value.shape[-1]
-    problem = problem_of(x, n, value.ndim)
-    sizes = map(_torch.number, (problem.batch, problem.m, problem.n, problem.k))
-    problem = ops.Problem(problem.device, _autocast_dtype(x) or x.dtype, *sizes)
-    return ops.select("int8_mm", problem).name
+    batch, m = (value.shape[0], x.shape[0]) if grouped else problem_of(x, n, value.ndim)[2:4]
+    dtype = None if grouped else _autocast_dtype(x)
+    problem = ops.Problem(x.device.type, dtype or x.dtype, *map(_torch.number, (batch, m, n, x.shape[-1])))
+    return ops.select("grouped_mm" if grouped else "int8_mm", problem).name
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
