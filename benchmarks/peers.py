@@ -71,3 +71,31 @@ def usable(runs: dict[str, Callable[[], Any]]) -> dict[str, Callable[[], Any]]:
         else:
             kept[name] = run
     return kept
+
+
+def pt2e(model: nn.Module, x: torch.Tensor, call: Callable[[nn.Module, torch.Tensor], torch.Tensor]) -> dict[str, Callable[[], Any]]:
+    """W8A8 with dynamic scales by PT2E and Inductor's freezing on a CPU: ``call`` runs the model on x."""
+    if importlib.util.find_spec("torchao") is None:
+        return {}
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return call(self.model, x)
+
+    quantizer = x86.X86InductorQuantizer()
+    # torchao 0.18 stops at the GELU of transformers when it looks for what to fuse into a linear: nothing is fused
+    quantizer._annotate_linear_unary = lambda *args, **kwargs: None
+    quantizer.set_global(x86.get_default_x86_inductor_quantization_config(is_dynamic=True))
+    with torch.no_grad():
+        prepared = prepare_pt2e(torch.export.export(Whole(), (x,)).module(), quantizer)
+        prepared(x)
+        compiled = torch.compile(convert_pt2e(prepared))
+        with torch._inductor.config.patch(freezing=True):
+            compiled(x)
+    return {"torchao pt2e": lambda: compiled(x)}

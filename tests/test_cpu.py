@@ -52,7 +52,7 @@ def test_results_outlive_inference_mode() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_fused_linear_over_many_chunks(dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_AMX_BYTES", 1 << 14)
+    monkeypatch.setattr(cpu, "_CODES", 1 << 14)
     x, w, bias = torch.randn(700, 130).to(dtype), torch.randn(70, 130).to(dtype), torch.randn(70).to(dtype)
     want = ops.linear(x, w, bias, impl="reference")
     x, w, bias = x.to(device), w.to(device), bias.to(device)
@@ -61,6 +61,7 @@ def test_fused_linear_over_many_chunks(dtype: torch.dtype, device: str, monkeypa
     for implementation in ran:
         assert different(implementation.run(x, wq, ws, bias, dtype), want) == 0, implementation.name
     assert ran or (device == "cpu" and cpu_rows.why_not() is not None)
+    assert device != "cpu" or not cpu_rows.has_vnni() or "cpu-vnni" in [i.name for i in ran]
 
 
 def test_threads_have_scratch_of_their_own() -> None:

@@ -1,4 +1,4 @@
-/* INT8 on the CPU: row quantization, the epilogue of a matmul, and, where the CPU has AMX, the matmul with its epilogue.
+/* INT8 on the CPU: row quantization, the epilogue of a matmul, and, where the CPU has AMX or AVX-512 VNNI, the matmul with its epilogue.
  *
  * Compile with -ffp-contract=off: a contracted multiply-add rounds once where the contract rounds twice.
  * The low byte of (v + 1.5 * 2^23) is rint(v), ties to even, for |v| <= 127: cheaper than a conversion. */
@@ -107,17 +107,13 @@ EPILOGUE(f32)
 EPILOGUE(bf16)
 EPILOGUE(f16)
 
-#ifdef __AMX_INT8__
+#ifdef __AVX512BW__
 #include <immintrin.h>
 #include <omp.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
-int amx_enable(void) { return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0; }
-
-/* 32 channels of w (n, k), from channel c, as two panels of 16: 64 bytes hold four consecutive k of each channel, as tiles want
- * them; zeros past the edges. Transposed anew in each call: a second copy of the weights would cost more than it saves. */
-static void amx_pack(const int8_t *w, int64_t c, int64_t n, int64_t k, int8_t *panels, int64_t kp)
+/* 32 channels of w (n, k), from channel c, as two panels of 16: 64 bytes hold four consecutive k of each channel, as tiles and
+ * VNNI want them; zeros past the edges. Transposed anew in each call: a second copy of the weights would cost more than it saves. */
+static inline void pack(const int8_t *w, int64_t c, int64_t n, int64_t k, int8_t *panels, int64_t kp)
 {
     /* weights come from memory: they are read in order, as the hardware's prefetcher likes it, and transposed in the cache */
     int8_t *stage = panels + 32 * kp;
@@ -154,7 +150,112 @@ static void amx_pack(const int8_t *w, int64_t c, int64_t n, int64_t k, int8_t *p
     }
 }
 
+/* y (m, n) from x (m, k), or where x is NULL from codes and scales that are there already. codes (m rounded up to a block's rows, kp)
+ * and scales (m) are scratch otherwise; panels is scratch of 64 * kp aligned bytes a thread. */
+#define LINEAR(ISA, ROWS, T)                                                                                                \
+    void ISA##_linear_##T(const T *x, int64_t ldx, int8_t *codes, float *scales, const int8_t *w, const float *w_scale,     \
+                          const float *bias, T *y, int8_t *panels, int64_t m, int64_t n, int64_t k, int64_t kp, int threads) \
+    {                                                                                                                       \
+        const int64_t rows = 256 / ROWS * ROWS, blocks = (m + rows - 1) / rows, pairs = (n + 31) / 32;                      \
+        _Pragma("omp parallel num_threads(threads)")                                                                        \
+        {                                                                                                                   \
+            _Pragma("omp for schedule(static)")                                                                             \
+            for (int64_t i = 0; i < m; i++) {                                                                               \
+                if (x) scales[i] = quantize_row_##T(x + i * ldx, codes + i * kp, k, kp, 0, 0, 0);                           \
+                ISA##_row(codes + i * kp, kp);                                                                              \
+            }                                                                                                               \
+            ISA##_begin();                                                                                                  \
+            int32_t sums[ROWS * 32] __attribute__((aligned(64)));                                                           \
+            int8_t *panel = panels + omp_get_thread_num() * 64 * kp;                                                        \
+            int64_t packed = -1;                                                                                            \
+            _Pragma("omp for schedule(static)")                                                                             \
+            for (int64_t job = 0; job < pairs * blocks; job++) {                                                            \
+                int64_t c = job / blocks * 32, first = job % blocks * rows, last = first + rows < m ? first + rows : m;     \
+                int64_t wide = n - c < 32 ? n - c : 32;                                                                     \
+                if (packed != c) ISA##_pack(w, c, n, k, panel, kp);                                                         \
+                packed = c;                                                                                                 \
+                for (int64_t i = first; i < last; i += ROWS) {                                                              \
+                    ISA##_block(codes + i * kp, panel, kp, sums);                                                           \
+                    for (int64_t r = i; r < i + ROWS && r < last; r++) {                                                    \
+                        const int32_t *s = sums + (r - i) * 32;                                                             \
+                        T *out = y + r * n + c;                                                                             \
+                        if (wide == 32) row_##T(s, w_scale + c, scales[r], bias ? bias + c : 0, out, 32);                   \
+                        else row_##T(s, w_scale + c, scales[r], bias ? bias + c : 0, out, wide);                            \
+                    }                                                                                                       \
+                }                                                                                                           \
+            }                                                                                                               \
+            ISA##_end();                                                                                                    \
+        }                                                                                                                   \
+    }
+#endif
+
+#ifdef __AVX512VNNI__
+/* dpbusd multiplies unsigned by signed bytes: codes of x are stored as code + 128, and each channel's sum starts at -128 times the sum
+ * of its weights, which is kept behind the panels. */
+static inline void vnni_row(int8_t *row, int64_t kp)
+{
+    for (int64_t j = 0; j < kp; j++) row[j] ^= (int8_t)0x80;
+}
+
+static inline void vnni_begin(void) {}
+static inline void vnni_end(void) {}
+
+static inline void vnni_pack(const int8_t *w, int64_t c, int64_t n, int64_t k, int8_t *panels, int64_t kp)
+{
+    pack(w, c, n, k, panels, kp);
+    for (int p = 0; p < 2; p++) {
+        __m512i start = _mm512_setzero_si512();
+        for (int64_t j = 0; j < kp; j += 4)
+            start = _mm512_dpbusd_epi32(start, _mm512_set1_epi8((char)0x80), _mm512_load_si512(panels + (p * kp + j) * 16));
+        _mm512_store_si512(panels + 32 * kp + p * 64, _mm512_sub_epi32(_mm512_setzero_si512(), start));
+    }
+}
+
+/* 12 rows of codes (row stride kp) by 32 channels (two panels): 24 registers of sums. */
+#define VNNI_ROWS 12
+static inline void vnni_block(const int8_t *a, const int8_t *b, int64_t kp, int32_t *sums)
+{
+    __m512i s[VNNI_ROWS][2];
+    for (int r = 0; r < VNNI_ROWS; r++)
+        for (int p = 0; p < 2; p++) s[r][p] = _mm512_load_si512(b + 32 * kp + p * 64);
+    for (int64_t j = 0; j < kp; j += 4) {
+        const __m512i w0 = _mm512_load_si512(b + j * 16), w1 = _mm512_load_si512(b + (kp + j) * 16);
+        for (int r = 0; r < VNNI_ROWS; r++) {
+            int32_t four;
+            memcpy(&four, a + r * kp + j, 4);
+            const __m512i x = _mm512_set1_epi32(four);
+            s[r][0] = _mm512_dpbusd_epi32(s[r][0], x, w0);
+            s[r][1] = _mm512_dpbusd_epi32(s[r][1], x, w1);
+        }
+    }
+    for (int r = 0; r < VNNI_ROWS; r++)
+        for (int p = 0; p < 2; p++) _mm512_store_si512(sums + r * 32 + p * 16, s[r][p]);
+}
+LINEAR(vnni, VNNI_ROWS, f32)
+LINEAR(vnni, VNNI_ROWS, bf16)
+LINEAR(vnni, VNNI_ROWS, f16)
+#endif
+
+#ifdef __AMX_INT8__
+#include <sys/syscall.h>
+#include <unistd.h>
+
+int amx_enable(void) { return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0; }
+
+static inline void amx_row(int8_t *row, int64_t kp) { (void)row; (void)kp; }
+
 struct tiles { uint8_t palette, start, reserved[14]; uint16_t bytes[16]; uint8_t rows[16]; };
+
+static inline void amx_begin(void)
+{
+    struct tiles config = {.palette = 1};
+    for (int i = 0; i < 8; i++) { config.bytes[i] = 64; config.rows[i] = 16; }
+    _tile_loadconfig(&config);
+}
+
+static inline void amx_end(void) { _tile_release(); }
+
+static inline void amx_pack(const int8_t *w, int64_t c, int64_t n, int64_t k, int8_t *panels, int64_t kp) { pack(w, c, n, k, panels, kp); }
 
 /* Four tiles of sums: 32 rows of codes (row stride kp) by 32 channels (two panels). */
 static inline void amx_block(const int8_t *a, const int8_t *b, int64_t kp, int32_t *sums)
@@ -176,45 +277,7 @@ static inline void amx_block(const int8_t *a, const int8_t *b, int64_t kp, int32
     _tile_stored(3, sums + 528, 128);
 }
 
-/* y (m, n) from x (m, k), or where x is NULL from codes and scales that are there already. codes (m rounded up to 32, kp) and
- * scales (m) are scratch otherwise; panels is scratch of 64 * kp aligned bytes a thread. */
-#define AMX_LINEAR(T)                                                                                                      \
-    void amx_linear_##T(const T *x, int64_t ldx, int8_t *codes, float *scales, const int8_t *w, const float *w_scale,      \
-                        const float *bias, T *y, int8_t *panels, int64_t m, int64_t n, int64_t k, int64_t kp, int threads) \
-    {                                                                                                                      \
-        const int64_t rows = 256, blocks = (m + rows - 1) / rows, pairs = (n + 31) / 32;                                   \
-        _Pragma("omp parallel num_threads(threads)")                                                                       \
-        {                                                                                                                  \
-            if (x) {                                                                                                       \
-                _Pragma("omp for schedule(static)")                                                                        \
-                for (int64_t i = 0; i < m; i++) scales[i] = quantize_row_##T(x + i * ldx, codes + i * kp, k, kp, 0, 0, 0); \
-            }                                                                                                              \
-            struct tiles config = {.palette = 1};                                                                          \
-            for (int i = 0; i < 8; i++) { config.bytes[i] = 64; config.rows[i] = 16; }                                     \
-            _tile_loadconfig(&config);                                                                                     \
-            int32_t sums[1024] __attribute__((aligned(64)));                                                               \
-            int8_t *panel = panels + omp_get_thread_num() * 64 * kp;                                                       \
-            int64_t packed = -1;                                                                                           \
-            _Pragma("omp for schedule(static)")                                                                            \
-            for (int64_t job = 0; job < pairs * blocks; job++) {                                                           \
-                int64_t c = job / blocks * 32, first = job % blocks * rows, last = first + rows < m ? first + rows : m;    \
-                int64_t wide = n - c < 32 ? n - c : 32;                                                                    \
-                if (packed != c) amx_pack(w, c, n, k, panel, kp);                                                          \
-                packed = c;                                                                                                \
-                for (int64_t i = first; i < last; i += 32) {                                                               \
-                    amx_block(codes + i * kp, panel, kp, sums);                                                            \
-                    for (int64_t r = i; r < i + 32 && r < last; r++) {                                                     \
-                        const int32_t *s = sums + (r - i) * 32;                                                            \
-                        T *out = y + r * n + c;                                                                            \
-                        if (wide == 32) row_##T(s, w_scale + c, scales[r], bias ? bias + c : 0, out, 32);                  \
-                        else row_##T(s, w_scale + c, scales[r], bias ? bias + c : 0, out, wide);                           \
-                    }                                                                                                      \
-                }                                                                                                          \
-            }                                                                                                              \
-            _tile_release();                                                                                               \
-        }                                                                                                                  \
-    }
-AMX_LINEAR(f32)
-AMX_LINEAR(bf16)
-AMX_LINEAR(f16)
+LINEAR(amx, 32, f32)
+LINEAR(amx, 32, bf16)
+LINEAR(amx, 32, f16)
 #endif

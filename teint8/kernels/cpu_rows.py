@@ -16,6 +16,9 @@ from torch import Tensor
 
 DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
+BLOCK_ROWS = {"amx": 32, "vnni": 12}
+"""Rows of codes that the matmul reads at a time, by instruction set."""
+
 _SOURCE = pathlib.Path(__file__).with_suffix(".c")
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
 _ALONE = 1 << 14  # elements below which threads cost more than they bring
@@ -38,6 +41,11 @@ def _has_amx() -> bool:
     return hasattr(library, "amx_enable") and bool(library.amx_enable())  # type: ignore[union-attr]
 
 
+def has_vnni() -> bool:
+    """Whether the CPU has AVX-512 VNNI."""
+    return why_not() is None and hasattr(_load(), "vnni_linear_f32")
+
+
 def quantize(x: Tensor, codes: Tensor, scales: Tensor, seed: Tensor | None, scale: Tensor | None) -> None:
     """Fill codes (M, K) and scales (M,) from x (M, K), whose rows are contiguous; seed (S,) and scale (M,) as in the registry."""
     m, k = x.shape
@@ -57,20 +65,29 @@ def quantize(x: Tensor, codes: Tensor, scales: Tensor, seed: Tensor | None, scal
     )
 
 
-def amx_linear(
-    x: Tensor | None, codes: Tensor, scales: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, y: Tensor, panels: Tensor
+def linear(
+    isa: str,
+    x: Tensor | None,
+    codes: Tensor,
+    scales: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    panels: Tensor,
 ) -> None:
     """Fill y (M, N) from x (M, K), quantizing its rows into codes and scales, or from these where x is None.
 
     Args:
+        isa: "amx" or "vnni".
         x: rows contiguous, in the dtype of y.
-        codes: int8 (M rounded up to 32, K rounded up to 64). scales: float32 (M,).
+        codes: int8 (M rounded up to ``BLOCK_ROWS``, K rounded up to 64); written to. scales: float32 (M,).
         w: contiguous int8 (N, K). w_scale, bias: contiguous float32 (N,).
         panels: scratch, int8 (64 times the number of threads, K rounded up to 64), aligned to 64 bytes.
 
     """
     (m, n), k = y.shape, w.shape[1]
-    _function(f"amx_linear_{DTYPES[y.dtype]}")(
+    _function(f"{isa}_linear_{DTYPES[y.dtype]}")(
         None if x is None else x.data_ptr(),
         0 if x is None else x.stride(0),
         codes.data_ptr(),
@@ -117,8 +134,8 @@ def _function(name: str) -> Callable[..., None]:
     function.argtypes = {
         "quantize": [pointer, size, pointer, pointer, size, size, pointer, size, pointer, number],
         "epilogue": [*[pointer] * 5, size, size, number],
-        "amx_linear": [pointer, size, *[pointer] * 7, size, size, size, size, number],
-    }[name.rpartition("_")[0]]
+        "linear": [pointer, size, *[pointer] * 7, size, size, size, size, number],
+    }[name.split("_")[-2]]
     function.restype = None
     callable_: Callable[..., None] = function
     return callable_

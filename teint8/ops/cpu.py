@@ -1,7 +1,8 @@
-"""CPU implementations: AMX tiles, oneDNN's INT8 matmul; rows and epilogues in C where a compiler is at hand, else in torch."""
+"""CPU implementations: AMX tiles, AVX-512 VNNI, oneDNN; rows and epilogues in C where a compiler is at hand, else in torch."""
 
 import sys
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from teint8.kernels import cpu_rows
 from teint8.ops.registry import Problem, register
 
 _CHUNK = 128  # rows whose int32 sums are held at once: they stay in the L2 cache
-_AMX_BYTES = 1 << 20  # of codes that are multiplied at once on AMX tiles: they stay in the L2 cache
+_CODES = 1 << 20  # bytes of codes that are multiplied at once in C: they stay in the L2 cache
+_VNNI_ROWS = 16
 _KEEP = 1 << 26  # bytes of scratch that a thread keeps, and of results
 _LEAST = 1 << 17  # bytes from which the C library asks the system for fresh pages
 
@@ -121,21 +123,27 @@ def _linear_c(x: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None, dtype: tor
     return y
 
 
-def _linear_amx(x: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return _on_tiles(x if x.stride(1) == 1 else x.contiguous(), None, wq, ws, bias, dtype)
+def _linear_on(isa: str) -> Callable[..., Tensor]:
+    def run(x: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        return _in_c(isa, x if x.stride(1) == 1 else x.contiguous(), None, wq, ws, bias, dtype)
+
+    return run
 
 
-def _mm_amx(xq: Tensor, xs: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return _on_tiles(xq[0], xs[0].contiguous(), wq[0], ws[0], None if bias is None else bias[0], dtype).unsqueeze(0)
+def _mm_on(isa: str) -> Callable[..., Tensor]:
+    def run(xq: Tensor, xs: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        return _in_c(isa, xq[0], xs[0].contiguous(), wq[0], ws[0], None if bias is None else bias[0], dtype).unsqueeze(0)
+
+    return run
 
 
-def _on_tiles(x: Tensor, xs: Tensor | None, wq: Tensor, ws: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _in_c(isa: str, x: Tensor, xs: Tensor | None, wq: Tensor, ws: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """x as floats, or as codes with their scales."""
     (m, k), n = x.shape, wq.shape[0]
-    kp = _up(k, 64)
-    chunk = min(m, max(_AMX_BYTES // kp // 32 * 32, 256))
+    kp, block = _up(k, 64), cpu_rows.BLOCK_ROWS[isa]
+    chunk = min(m, max(_CODES // kp // block * block, 256 // block * block))
     codes, scales, panels = _scratch.get(
-        codes=(torch.int8, _up(chunk, 32), kp),
+        codes=(torch.int8, _up(chunk, block), kp),
         scales=(torch.float32, 1, chunk),
         panels=(torch.int8, 64 * torch.get_num_threads(), kp),
     )
@@ -144,11 +152,9 @@ def _on_tiles(x: Tensor, xs: Tensor | None, wq: Tensor, ws: Tensor, bias: Tensor
     for i in range(0, m, chunk):
         rows = min(chunk, m - i)
         xi, yi = (x, y) if rows == m else (x[i : i + rows], y[i : i + rows])
-        if xs is None:
-            cpu_rows.amx_linear(xi, codes, scales, wq, ws, bias, yi, panels)
-        else:
+        if xs is not None:
             codes[:rows, :k].copy_(xi)
-            cpu_rows.amx_linear(None, codes, xs[i : i + rows], wq, ws, bias, yi, panels)
+        cpu_rows.linear(isa, xi if xs is None else None, codes, scales if xs is None else xs[i : i + rows], wq, ws, bias, yi, panels)
     return y
 
 
@@ -186,6 +192,13 @@ def _amx_why_not(problem: Problem) -> str | None:
     return reason or (None if cpu_rows.has_amx() else "the CPU has no AMX")
 
 
+def _vnni_why_not(problem: Problem) -> str | None:
+    reason = _mm_c_why_not(problem)
+    if reason is None and problem.m < _VNNI_ROWS:
+        reason = f"M is {problem.m}; for fewer than {_VNNI_ROWS} rows packing the weight costs more than it saves"
+    return reason or (None if cpu_rows.has_vnni() else "the CPU has no AVX-512 VNNI")
+
+
 def _mm_c_why_not(problem: Problem) -> str | None:
     if problem.dtype not in cpu_rows.DTYPES:
         return f"it has no {problem.dtype}"
@@ -221,8 +234,9 @@ def _float_why_not(problem: Problem) -> str | None:
 
 def register_all() -> None:
     """Register the CPU's implementations."""
-    register("linear", "cpu-amx", _linear_amx, device="cpu", priority=30, why_not=_amx_why_not)
-    register("int8_mm", "cpu-amx", _mm_amx, device="cpu", priority=30, why_not=_amx_why_not)
+    for isa, priority, why_not in (("amx", 30, _amx_why_not), ("vnni", 25, _vnni_why_not)):
+        register("linear", f"cpu-{isa}", _linear_on(isa), device="cpu", priority=priority, why_not=why_not)
+        register("int8_mm", f"cpu-{isa}", _mm_on(isa), device="cpu", priority=priority, why_not=why_not)
     register("linear", "cpu-onednn-c", _linear_c, device="cpu", priority=20, why_not=_mm_c_why_not)
     register("quantize", "cpu-c", _quantize_c, device="cpu", priority=20, why_not=_quantize_c_why_not)
     register("int8_mm", "cpu-onednn-c", _mm_c, device="cpu", priority=20, why_not=_mm_c_why_not)
