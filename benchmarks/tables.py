@@ -50,7 +50,8 @@ def table(name: str) -> str:
     versions = [f"{package} {found[package.lower()]}" for package in ("torch", "Triton") if found.get(package.lower())]
     place = ", ".join([found["device"], *versions, found["date"]])
     clocks = f"; clock, its limit, power, its limit right after: {found['clocks']}" if found.get("clocks") else ""
-    lines = [f"### {name}", "", f"`benchmarks/{name}.py`; {place}{clocks}.", ""]
+    script = name if (pathlib.Path(__file__).parent / f"{name}.py").exists() else "compile"
+    lines = [f"### {name}", "", f"`benchmarks/{script}.py`; {place}{clocks}.", ""]
     lines += ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(cell(row.get(c)) for c in columns) + " |" for row in rows]
     return "\n".join(lines)

@@ -21,7 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the process's exit code."""
     parser = argparse.ArgumentParser(prog="python -m teint8", description="INT8 training and inference for PyTorch.")
     commands = parser.add_subparsers(dest="command", required=True)
-    demo = commands.add_parser("demo", help="train, quantize and fine-tune a transformer on real digits (about a minute)")
+    demo = commands.add_parser("demo", help="train, quantize and fine-tune a transformer on real digits (one to two minutes)")
     demo.add_argument("--epochs", type=_positive, default=36, help="of float training; QAT takes a quarter of them (default 36)")
     commands.add_parser("doctor", help="versions, devices, which implementations are usable, and a self-test of the contract")
     tune = commands.add_parser("tune", help="measure the tiles of matmuls on this GPU and keep the fastest on disk")

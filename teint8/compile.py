@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from teint8 import _torch
 from teint8.policy import Policy
 from teint8.qtensor import QTensor
-from teint8.transforms.calls import HANDLERS, Operand, know_transformers
+from teint8.transforms.calls import FLOAT_ONLY, HANDLERS, Operand, know_transformers
 from teint8.transforms.held import Follower, held_of
 from teint8.transforms.quantize import BoundRoute
 from teint8.transforms.receipt import Receipt
@@ -164,7 +164,8 @@ class _Interpreter(fx.Interpreter):
     def _look_into(self, n: fx.Node) -> None:
         """Say on the receipt, in strict mode raise, that matmuls inside of cond, map or scan stay float; checkpoints are seen."""
         bodies = [self.fetch_attr(a.target) for a in n.all_input_nodes if a.op == "get_attr"]  # type: ignore[arg-type]
-        hidden = [call for body in bodies if isinstance(body, fx.GraphModule) for call in body.graph.nodes if call.target in HANDLERS]
+        calls = [call for body in bodies if isinstance(body, fx.GraphModule) for call in body.graph.nodes]
+        hidden = [call for call in calls if call.target in HANDLERS and call.target not in FLOAT_ONLY]
         if not hidden or "checkpoint" in str(n.target) or not self.route.policy.rules:
             return
         reason = f"inside of {n.target}, whose body is traced outside of the routing"

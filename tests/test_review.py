@@ -224,3 +224,31 @@ def test_a_pure_function_takes_all_of_its_parameters() -> None:
         mha = nn.MultiheadAttention(16, 4, batch_first=True)
         y = torch.randn(3, 5, 16)
         mha(y, y, y, key_padding_mask=torch.zeros(5, 3, dtype=torch.bool))
+
+
+def test_products_that_are_not_taken_over_are_on_the_receipt() -> None:
+    w, x = nn.Parameter(torch.randn(5, 5)), torch.randn(4, 5)
+    lstm, bilinear = nn.LSTM(5, 5), nn.Bilinear(5, 5, 5)
+    calls = {
+        "einsum": lambda: torch.einsum("ab,bc->ac", x, w),
+        "tensordot": lambda: torch.tensordot(x, w, 1),
+        "inner": lambda: torch.inner(x, w),
+        "mv": lambda: torch.mv(w, x[0]),
+        "multi_dot": lambda: torch.linalg.multi_dot([x, w]),
+        "out=": torch.no_grad()(lambda: torch.mm(x, w, out=torch.empty(4, 5))),
+        "bilinear": lambda: bilinear(x, x),
+        "recurrent": lambda: lstm(x[None])[0],
+    }
+    for name, call in calls.items():
+        want = call()
+        with te_int8_autocast() as context:
+            y = call()
+        assert torch.equal(y, want) and len(context.receipt) >= 1, name
+        assert all(not r.int8 and name in r.reason for r in context.receipt), (name, context.receipt)
+    with te_int8_autocast() as context:
+        y = torch.linalg.matmul(x, w)
+    assert context.receipt.int8_calls == context.receipt.calls == 1 and torch.equal(y, teint8.ops.linear(x, w.mT))
+    with pytest.raises(ValueError, match="einsum is not taken over"), te_int8_autocast(strict=True):
+        calls["einsum"]()
+    with te_int8_autocast(strict=True):  # no rule asks for them
+        calls["recurrent"]() @ w

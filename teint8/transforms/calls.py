@@ -43,7 +43,7 @@ def _linear(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
 
 def _matmul(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
     if len(args) > 2 or not kwargs.keys() <= {"self", "other", "input", "mat2"}:
-        return func(*route.plain(args), **route.plain(kwargs))  # out=, out_dtype=
+        return _stays_float("matmul", "out= and out_dtype= are not supported")(route, func, args, kwargs)
     return _product(route, func, args, kwargs, *shapes.bind(("self", "other"), args, kwargs, also=("input", "mat2")))
 
 
@@ -82,7 +82,7 @@ def _addmm(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
     bias, a, b, beta, alpha = shapes.bind(names, args, kwargs, also=also)[:5]
     beta, alpha = 1 if beta is None else beta, 1 if alpha is None else alpha
     if len(args) > 3 or "out" in kwargs or "out_dtype" in kwargs:
-        return func(*route.plain(args), **route.plain(kwargs))
+        return _stays_float("matmul", "out= and out_dtype= are not supported")(route, func, args, kwargs)
     right, left = route.operand(b), route.operand(a)
     op = "matmul" if right is not None or left is not None else "activation_matmul"
     fused = beta == alpha == 1 and bias.ndim == 1 and bias.shape == b.shape[-1:] and a.ndim == 2
@@ -210,12 +210,27 @@ def _grouped(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
     return route.multiply("matmul", x, weight, -2, None, in_float, ends=ends)
 
 
+def _stays_float(op: str, reason: str) -> Callable[[Route, Any, Any, Any], Any]:
+    """A call that may multiply by a weight and is not taken over: it stays float, and the receipt says so."""
+
+    def run(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
+        flat = [t for a in (*args, *kwargs.values()) for t in (a if isinstance(a, (tuple, list)) else (a,))]
+        weights = [route.operand(t) for t in flat if isinstance(t, Tensor) and t.ndim > 1]
+        for weight in weights:
+            if weight is not None:
+                route.stays_float(weight, op, reason)
+        return route.other(func, args, kwargs)
+
+    return run
+
+
 _ATEN = {
     torch.matmul: torch.ops.aten.matmul,
     Tensor.matmul: torch.ops.aten.matmul,
     Tensor.__matmul__: torch.ops.aten.matmul,
     torch.mm: torch.ops.aten.mm,
     Tensor.mm: torch.ops.aten.mm,
+    torch.linalg.matmul: torch.ops.aten.matmul,
     torch.bmm: torch.ops.aten.bmm,
     Tensor.bmm: torch.ops.aten.bmm,
 }
@@ -225,6 +240,19 @@ _FLOAT_GROUPED: dict[Any, Callable[..., Any]] = {
     F.grouped_mm: torch.ops.aten._grouped_mm,
     torch._grouped_mm: torch.ops.aten._grouped_mm,
 }
+
+_PRODUCTS = (
+    torch.einsum, torch.tensordot, torch.inner, Tensor.inner, torch.mv, Tensor.mv, torch.addmv, Tensor.addmv, torch.addbmm,
+    Tensor.addbmm, torch.linalg.multi_dot, torch.chain_matmul, F.bilinear,
+)  # fmt: skip
+_RECURRENT = (
+    torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu, torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell,
+)  # fmt: skip
+FLOAT_ONLY: dict[Any, Callable[[Route, Any, Any, Any], Any]] = {
+    **{f: _stays_float("matmul", f"{f.__name__} is not taken over; write it as a matmul or F.linear") for f in _PRODUCTS},
+    **dict.fromkeys(_RECURRENT, _stays_float("recurrent", "recurrent layers stay float")),
+}
+"""Calls that may meet a weight and stay float."""
 
 HANDLERS: dict[Any, Callable[[Route, Any, Any, Any], Any]] = {
     **dict.fromkeys(_ATEN, _matmul),
@@ -239,6 +267,7 @@ HANDLERS: dict[Any, Callable[[Route, Any, Any, Any], Any]] = {
     torch._transformer_encoder_layer_fwd: _encoder_layer,
     F.scaled_dot_product_attention: _scaled_dot_product_attention,
     **dict.fromkeys(_FLOAT_GROUPED, _grouped),
+    **FLOAT_ONLY,
 }
 
 

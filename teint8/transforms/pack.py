@@ -1,7 +1,7 @@
 """``pack`` and ``unpack``: float parameters to INT8 weights and back, in the same tree."""
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from teint8.ops.raw import quantize as quantize_rows
 from teint8.policy import Policy
 from teint8.qtensor import QTensor
 from teint8.transforms.calls import Operand
-from teint8.transforms.quantize import BoundRoute, is_qtensor, leaf_paths, quantized, run
+from teint8.transforms.quantize import BoundRoute, check_params, is_qtensor, leaf_paths, quantized, run
 
 Use = tuple[int, str] | None
 """How a call uses a weight: (contracted dimension, granularity) in INT8, or None in float."""
@@ -47,6 +47,10 @@ def pack(qfn: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
 
     """
     target = quantized(qfn)
+    groups = params if isinstance(target, nn.Module) and isinstance(params, tuple) else (params,)
+    if isinstance(target, nn.Module):
+        check_params(target, groups)
+        _check_shapes(target, groups)
     if args or kwargs:
         uses = _survey(qfn, params, args, kwargs)
     elif isinstance(target, nn.Module):
@@ -56,19 +60,23 @@ def pack(qfn: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
             f"pack: {qfn.__name__} is a function, and its weights are found by an abstract run; "
             "give example inputs: pack(qfn, params, *args)"
         )
-    groups = params if isinstance(target, nn.Module) and isinstance(params, tuple) else (params,)
-    if isinstance(target, nn.Module) and not all(isinstance(group, Mapping) for group in groups):
-        raise TypeError(
-            f"pack: params is a {type(params).__name__}; a dict of tensors by name is needed, dict(model.named_parameters()), "
-            "or a tuple of such dicts: (params, buffers)"
-        )
     packed = tuple(_pack_tree(group, uses) for group in groups)
     if not any(isinstance(leaf, QTensor) for leaf in torch_pytree.tree_leaves(packed, is_leaf=is_qtensor)):
         raise ValueError(
-            f"pack: {qfn.policy!r} quantizes no weight of {qfn.__name__}; "
-            "check its paths, or give example inputs so that an abstract run finds the weights: pack(qfn, params, *args)"
+            f"pack: no weight of {qfn.__name__} would be in INT8. Weights of layers that are not known are found by an abstract run: "
+            "pack(qfn, params, *args). One that is used in float too (tied to an embedding, in einsum) stays float; else check the "
+            f"paths of the rules: {', '.join(map(repr, qfn.policy.rules))}"
         )
     return packed if groups is params else packed[0]
+
+
+def _check_shapes(module: nn.Module, groups: tuple[Any, ...]) -> None:
+    """Weights may have more dimensions in front (a stack of models), and no others."""
+    for path, leaf in (item for group in groups for item in group.items()):
+        owner, _, name = path.rpartition(".")
+        want = tuple(getattr(module.get_submodule(owner), name).shape)
+        if isinstance(leaf, Tensor) and tuple(leaf.shape[max(leaf.ndim - len(want), 0) :]) != want:
+            raise ValueError(f"pack: {path} has shape {want} but {tuple(leaf.shape)} was given; are these the params of another model?")
 
 
 def unpack(packed: Any) -> Any:

@@ -194,7 +194,7 @@ def is_qtensor(leaf: Any) -> bool:
 
 def _call_module(module: nn.Module, route: BoundRoute, params: Any, args: Any, kwargs: Any) -> Any:
     groups = params if isinstance(params, tuple) else (params,)
-    _check_params(module, groups)
+    check_params(module, groups)
     bound = {path: route.bind(path, leaf) for group in groups for path, leaf in group.items()}
     if not torch.compiler.is_compiling():
 
@@ -235,7 +235,8 @@ def _name(path: Any) -> str:
     return ".".join(parts)
 
 
-def _check_params(module: nn.Module, groups: tuple[Any, ...]) -> None:
+def check_params(module: nn.Module, groups: tuple[Any, ...]) -> None:
+    """Raise for params that are not those of the module: unknown or missing names, packed weights of other shapes."""
     for group in groups:
         if not isinstance(group, Mapping):
             raise TypeError(

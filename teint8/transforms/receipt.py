@@ -13,7 +13,7 @@ class Record:
 
     Attributes:
         path: the weight's path in the params, or the call site ("file.py:12") where it has none.
-        op: "linear", "matmul" or "activation_matmul".
+        op: "linear", "matmul", "activation_matmul", or "recurrent".
         m: rows of the activation, over all leading dimensions. n: output channels. k: length of the contraction.
         batch: how many such matmuls in one call (a batched weight).
         implementation: what ran the forward: "cpu-amx", "triton", ...; "reference" (simulated in plain torch), "dequantized" (W8A16: a
@@ -94,7 +94,7 @@ class Receipt:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         if not self:
-            lines = ["no matmul was recorded (other layers and compiled code are not)"]
+            lines = ["no matmul was recorded: other layers are not, nor is compiled code but by the backend, where it compiled a graph"]
         lines.append(f"{self.int8_calls} of {self.calls} calls ran in INT8")
         return "\n".join([*lines, *(f"no call matched {rule!r}" for rule in self.unmatched)])
 
