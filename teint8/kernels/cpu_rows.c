@@ -150,42 +150,53 @@ static inline void pack(const int8_t *w, int64_t c, int64_t n, int64_t k, int8_t
     }
 }
 
-/* y (m, n) from x (m, k), or where x is NULL from codes and scales that are there already. codes (m rounded up to a block's rows, kp)
- * and scales (m) are scratch otherwise; panels is scratch of 64 * kp aligned bytes a thread. */
-#define LINEAR(ISA, ROWS, T)                                                                                                \
-    void ISA##_linear_##T(const T *x, int64_t ldx, int8_t *codes, float *scales, const int8_t *w, const float *w_scale,     \
-                          const float *bias, T *y, int8_t *panels, int64_t m, int64_t n, int64_t k, int64_t kp, int threads) \
-    {                                                                                                                       \
-        const int64_t rows = 256 / ROWS * ROWS, blocks = (m + rows - 1) / rows, pairs = (n + 31) / 32;                      \
-        _Pragma("omp parallel num_threads(threads)")                                                                        \
-        {                                                                                                                   \
-            _Pragma("omp for schedule(static)")                                                                             \
-            for (int64_t i = 0; i < m; i++) {                                                                               \
-                if (x) scales[i] = quantize_row_##T(x + i * ldx, codes + i * kp, k, kp, 0, 0, 0);                           \
-                ISA##_row(codes + i * kp, kp);                                                                              \
-            }                                                                                                               \
-            ISA##_begin();                                                                                                  \
-            int32_t sums[ROWS * 32] __attribute__((aligned(64)));                                                           \
-            int8_t *panel = panels + omp_get_thread_num() * 64 * kp;                                                        \
-            int64_t packed = -1;                                                                                            \
-            _Pragma("omp for schedule(static)")                                                                             \
-            for (int64_t job = 0; job < pairs * blocks; job++) {                                                            \
-                int64_t c = job / blocks * 32, first = job % blocks * rows, last = first + rows < m ? first + rows : m;     \
-                int64_t wide = n - c < 32 ? n - c : 32;                                                                     \
-                if (packed != c) ISA##_pack(w, c, n, k, panel, kp);                                                         \
-                packed = c;                                                                                                 \
-                for (int64_t i = first; i < last; i += ROWS) {                                                              \
-                    ISA##_block(codes + i * kp, panel, kp, sums);                                                           \
-                    for (int64_t r = i; r < i + ROWS && r < last; r++) {                                                    \
-                        const int32_t *s = sums + (r - i) * 32;                                                             \
-                        T *out = y + r * n + c;                                                                             \
-                        if (wide == 32) row_##T(s, w_scale + c, scales[r], bias ? bias + c : 0, out, 32);                   \
-                        else row_##T(s, w_scale + c, scales[r], bias ? bias + c : 0, out, wide);                            \
-                    }                                                                                                       \
-                }                                                                                                           \
-            }                                                                                                               \
-            ISA##_end();                                                                                                    \
-        }                                                                                                                   \
+/* y (m, n) from x (m, k), or where x is NULL from codes of it (row stride ldx) and their scales. Else scales (m) are written. codes (m
+ * rounded up to a block's rows, kp) is scratch, and so are panels, 64 * kp aligned bytes a thread.
+ *
+ * Where the codes of all rows are more than half of an L2 cache, all channels are multiplied by some rows before the next ones. */
+#define LINEAR(ISA, ROWS, T)                                                                                               \
+    void ISA##_linear_##T(const T *x, const int8_t *given, int64_t ldx, int8_t *codes, float *scales, const int8_t *w,     \
+                          const float *w_scale, const float *bias, T *y, int8_t *panels, int64_t m, int64_t n, int64_t k,  \
+                          int64_t kp, int threads)                                                                         \
+    {                                                                                                                      \
+        const int64_t pairs = (n + 31) / 32, blocks = (m + 255) / 256;                                                     \
+        const int64_t rows = ((m + blocks - 1) / blocks + ROWS - 1) / ROWS * ROWS; /* as many in each as can be */         \
+        const int by_rows = m * kp > 1 << 19;                                                                              \
+        _Pragma("omp parallel num_threads(threads)")                                                                       \
+        {                                                                                                                  \
+            _Pragma("omp for schedule(static)")                                                                            \
+            for (int64_t i = 0; i < m; i++) {                                                                              \
+                int8_t *row = codes + i * kp;                                                                              \
+                if (x) scales[i] = quantize_row_##T(x + i * ldx, row, k, kp, 0, 0, 0);                                     \
+                else {                                                                                                     \
+                    memcpy(row, given + i * ldx, k);                                                                       \
+                    memset(row + k, 0, kp - k);                                                                            \
+                }                                                                                                          \
+                ISA##_row(row, kp);                                                                                        \
+            }                                                                                                              \
+            ISA##_begin();                                                                                                 \
+            int32_t sums[ROWS * 32] __attribute__((aligned(64)));                                                          \
+            int8_t *panel = panels + omp_get_thread_num() * 64 * kp;                                                       \
+            int64_t packed = -1;                                                                                           \
+            _Pragma("omp for schedule(static)")                                                                            \
+            for (int64_t job = 0; job < pairs * blocks; job++) {                                                           \
+                int64_t c = (by_rows ? job % pairs : job / blocks) * 32;                                                   \
+                int64_t first = (by_rows ? job / pairs : job % blocks) * rows, last = first + rows < m ? first + rows : m; \
+                int64_t wide = n - c < 32 ? n - c : 32;                                                                    \
+                if (packed != c) ISA##_pack(w, c, n, k, panel, kp);                                                        \
+                packed = c;                                                                                                \
+                for (int64_t i = first; i < last; i += ROWS) {                                                             \
+                    ISA##_block(codes + i * kp, panel, kp, sums);                                                          \
+                    for (int64_t r = i; r < i + ROWS && r < last; r++) {                                                   \
+                        const int32_t *s = sums + (r - i) * 32;                                                            \
+                        T *out = y + r * n + c;                                                                            \
+                        if (wide == 32) row_##T(s, w_scale + c, scales[r], bias ? bias + c : 0, out, 32);                  \
+                        else row_##T(s, w_scale + c, scales[r], bias ? bias + c : 0, out, wide);                           \
+                    }                                                                                                      \
+                }                                                                                                          \
+            }                                                                                                              \
+            ISA##_end();                                                                                                   \
+        }                                                                                                                  \
     }
 #endif
 

@@ -66,30 +66,24 @@ def quantize(x: Tensor, codes: Tensor, scales: Tensor, seed: Tensor | None, scal
 
 
 def linear(
-    isa: str,
-    x: Tensor | None,
-    codes: Tensor,
-    scales: Tensor,
-    w: Tensor,
-    w_scale: Tensor,
-    bias: Tensor | None,
-    y: Tensor,
-    panels: Tensor,
+    isa: str, x: Tensor, codes: Tensor, scales: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, y: Tensor, panels: Tensor
 ) -> None:
-    """Fill y (M, N) from x (M, K), quantizing its rows into codes and scales, or from these where x is None.
+    """Fill y (M, N) from x (M, K): floats, whose scales are written, or int8 codes, whose scales are given.
 
     Args:
         isa: "amx" or "vnni".
-        x: rows contiguous, in the dtype of y.
-        codes: int8 (M rounded up to ``BLOCK_ROWS``, K rounded up to 64); written to. scales: float32 (M,).
+        x: rows contiguous, in the dtype of y or int8.
+        codes: scratch, int8 (M rounded up to ``BLOCK_ROWS``, K rounded up to 64). scales: float32 (M,).
         w: contiguous int8 (N, K). w_scale, bias: contiguous float32 (N,).
         panels: scratch, int8 (64 times the number of threads, K rounded up to 64), aligned to 64 bytes.
 
     """
     (m, n), k = y.shape, w.shape[1]
+    given = x.dtype == torch.int8
     _function(f"{isa}_linear_{DTYPES[y.dtype]}")(
-        None if x is None else x.data_ptr(),
-        0 if x is None else x.stride(0),
+        None if given else x.data_ptr(),
+        x.data_ptr() if given else None,
+        x.stride(0),
         codes.data_ptr(),
         scales.data_ptr(),
         w.data_ptr(),
@@ -134,7 +128,7 @@ def _function(name: str) -> Callable[..., None]:
     function.argtypes = {
         "quantize": [pointer, size, pointer, pointer, size, size, pointer, size, pointer, number],
         "epilogue": [*[pointer] * 5, size, size, number],
-        "linear": [pointer, size, *[pointer] * 7, size, size, size, size, number],
+        "linear": [pointer, pointer, size, *[pointer] * 7, size, size, size, size, number],
     }[name.split("_")[-2]]
     function.restype = None
     callable_: Callable[..., None] = function

@@ -13,7 +13,7 @@ from teint8.kernels import cpu_rows
 from teint8.ops.registry import Problem, register
 
 _CHUNK = 128  # rows whose int32 sums are held at once: they stay in the L2 cache
-_CODES = 1 << 20  # bytes of codes that are multiplied at once in C: they stay in the L2 cache
+_CODES = 1 << 23  # bytes of codes that are multiplied in one call in C
 _VNNI_ROWS = 16
 _KEEP = 1 << 26  # bytes of scratch that a thread keeps, and of results
 _LEAST = 1 << 17  # bytes from which the C library asks the system for fresh pages
@@ -125,7 +125,7 @@ def _linear_c(x: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None, dtype: tor
 
 def _linear_on(isa: str) -> Callable[..., Tensor]:
     def run(x: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-        return _in_c(isa, x if x.stride(1) == 1 else x.contiguous(), None, wq, ws, bias, dtype)
+        return _in_c(isa, x, None, wq, ws, bias, dtype)
 
     return run
 
@@ -140,6 +140,7 @@ def _mm_on(isa: str) -> Callable[..., Tensor]:
 def _in_c(isa: str, x: Tensor, xs: Tensor | None, wq: Tensor, ws: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """x as floats, or as codes with their scales."""
     (m, k), n = x.shape, wq.shape[0]
+    x = x if x.stride(1) == 1 else x.contiguous()
     kp, block = _up(k, 64), cpu_rows.BLOCK_ROWS[isa]
     chunk = min(m, max(_CODES // kp // block * block, 256 // block * block))
     codes, scales, panels = _scratch.get(
@@ -150,11 +151,8 @@ def _in_c(isa: str, x: Tensor, xs: Tensor | None, wq: Tensor, ws: Tensor, bias: 
     wq, ws, bias = wq.contiguous(), ws.contiguous(), _float32(bias)
     y = _results.empty(m, n, dtype)
     for i in range(0, m, chunk):
-        rows = min(chunk, m - i)
-        xi, yi = (x, y) if rows == m else (x[i : i + rows], y[i : i + rows])
-        if xs is not None:
-            codes[:rows, :k].copy_(xi)
-        cpu_rows.linear(isa, xi if xs is None else None, codes, scales if xs is None else xs[i : i + rows], wq, ws, bias, yi, panels)
+        xi, yi = (x, y) if chunk == m else (x[i : i + chunk], y[i : i + chunk])
+        cpu_rows.linear(isa, xi, codes, scales if xs is None else xs[i : i + chunk], wq, ws, bias, yi, panels)
     return y
 
 
