@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from teint8 import _torch
+from teint8.ops import cuda
 from teint8.policy import Policy
 from teint8.qtensor import QTensor
 from teint8.transforms.calls import FLOAT_ONLY, HANDLERS, Operand, know_transformers
@@ -38,7 +39,8 @@ def backend(gm: fx.GraphModule, inputs: Sequence[Any], *, mode: str | None = Non
 
     Args:
         gm: the graph. inputs: its example inputs.
-        mode: one of torch.compile's ("reduce-overhead", "max-autotune", ...), handed on to Inductor.
+        mode: one of torch.compile's ("reduce-overhead", "max-autotune", ...), handed on to Inductor. Under "max-autotune" the tiles of
+            the INT8 matmuls are measured, too, where this machine has not done so before (``teint8.ops.cuda.tune``).
         options: ``policy`` (``Policy.qat()`` unless given), ``training`` (True: weights are quantized in the graph, from floats; False:
             they are packed once, as by ``te_int8_autocast(training=False)``; as gradients are enabled or not unless given), ``strict``,
             ``receipt`` (a ``teint8.Receipt`` that is filled while graphs are compiled), ``mode`` (for torch.compile takes options or a
@@ -65,6 +67,8 @@ def backend(gm: fx.GraphModule, inputs: Sequence[Any], *, mode: str | None = Non
         return _torch.inductor(gm, list(inputs), mode, inductor)
     training = torch.is_grad_enabled() if how.training is None else how.training
     program = _Program(gm, how, list(inputs))
+    if (mode or "").startswith("max-autotune") and any(isinstance(t, Tensor) and t.is_cuda for t in inputs):
+        cuda.tune_new(program.problems(inputs))
     extras = [] if training else program.packable(inputs)
     whole = program.as_graph(extras)
     compiled = _torch.inductor(whole, [*inputs, *program.fakes(inputs, extras)], mode, inductor)
@@ -184,10 +188,15 @@ class _Program:
         self.weights = _weights(gm, self.placeholders, inputs, how.params)
 
     def run(
-        self, args: Sequence[Any], record: bool, held: dict[_Extra, QTensor], constant: Callable[[Any], Any] = lambda value: value
+        self,
+        args: Sequence[Any],
+        record: bool,
+        held: dict[_Extra, QTensor],
+        constant: Callable[[Any], Any] = lambda value: value,
+        how: _How | None = None,
     ) -> tuple[Any, _GraphRoute]:
         """The results of the graph under a route, and that route; ``constant`` maps what the graph holds itself."""
-        route = _GraphRoute(self.how, record, held)
+        route = _GraphRoute(how or self.how, record, held)
         with route, _torch.compiling():
             return _Interpreter(self.gm, route, self.weights, constant).run(*args), route
 
@@ -196,6 +205,19 @@ class _Program:
         with _torch.without_data() as fake, torch.no_grad():
             _, route = self.run([fake(value) for value in inputs], False, {}, fake)
         return [extra for extra in route.packings if isinstance(inputs[extra.position], torch.nn.Parameter)]
+
+    def problems(self, inputs: Sequence[Any]) -> list[tuple[int, int, int]]:
+        """M, N and K of the graph's INT8 matmuls and of those of its backward, found on tensors without data."""
+        receipt = Receipt()
+        how = self.how._replace(receipt=receipt, strict=False)
+        with _torch.without_data() as fake, torch.no_grad():
+            self.run([fake(value) for value in inputs], True, {}, fake, how)
+        found: dict[tuple[int, int, int], None] = {}
+        for r in receipt:
+            if r.int8 and r.batch == 1:
+                sizes = [(r.m, r.n, r.k)] + [(r.m, r.k, r.n)] * ("dX" in r.mode) + [(r.n, r.k, r.m)] * ("dW" in r.mode)
+                found |= dict.fromkeys(size for size in sizes if 0 not in size)
+        return list(found)
 
     def fakes(self, inputs: Sequence[Any], extras: list[_Extra]) -> list[Any]:
         """Codes and scales without data, for each packed weight."""

@@ -1,5 +1,6 @@
 """The torch.compile backend "teint8": its values against ``quantize`` in eager mode, for modules and for functions under torch.func."""
 
+import functools
 import gc
 import importlib.metadata
 import pathlib
@@ -509,13 +510,36 @@ def test_a_step_compiled_as_a_whole() -> None:
 
 
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
-def test_modes(mode: str, device: str) -> None:
+def test_modes(mode: str, device: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if device == "cuda":
+        from teint8.kernels import tuned
+
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        monkeypatch.setattr(tuned, "_table", functools.cache(tuned._table.__wrapped__))
     model, x = _exact(device)
     want = teint8.quantize(model)(dict(model.named_parameters()), x)
     with torch.no_grad():
         for compiled in (torch.compile(model, backend=BACKEND, mode=mode), _compiled(model, mode=mode)):
             torch._dynamo.reset()
             assert [different(compiled(x), want) for _ in range(3)] == [0] * 3
+    assert device != "cuda" or (tuned.path(0).exists() == (mode == "max-autotune"))
+
+
+def test_max_autotune_measures_the_matmuls_of_the_graph(device: str) -> None:
+    from teint8.compile import _How, _Program
+
+    seen = []
+
+    def look(gm, inputs):
+        for policy in (Policy.qat(), Policy.training()):
+            seen.append(_Program(gm, _How(policy, None, False, None, None), list(inputs)).problems(inputs))
+        return gm
+
+    model, x = _exact(device)
+    torch.compile(model, backend=look, fullgraph=True)(x)
+    forward = [(7, 48, 24), (7, 40, 48), (7, 10, 40)]
+    assert seen[0] == forward
+    assert set(seen[1]) == {size for m, n, k in forward for size in ((m, n, k), (m, k, n), (n, k, m))}
 
 
 def test_weights_keep_their_address_for_cuda_graphs(monkeypatch: pytest.MonkeyPatch, device: str) -> None:

@@ -189,6 +189,20 @@ def tune(sizes: list[tuple[int, int, int]]) -> str:
     return str(tuned.path(torch.cuda.current_device()))
 
 
+def tune_new(sizes: list[tuple[int, int, int]]) -> None:
+    """Measure the tiles of those matmuls that were not measured on this GPU before, silently; nothing where no Triton runs."""
+    if why_not_triton() is not None:
+        return
+    from teint8.kernels import tuned
+
+    device = torch.cuda.current_device()
+    for m, n, k in sizes:
+        if tuned.found("triton", device, m, n, k) is None:
+            problem = Problem("cuda", torch.bfloat16, 1, m, n, k)
+            tuned.tune(m, n, k, None if _cublas_why_not(problem) else _cublas, report=lambda line: None)
+    registry.choose_anew()
+
+
 _WIDEST_NORM = 16384
 
 
