@@ -132,6 +132,8 @@ def _linear_on(isa: str) -> Callable[..., Tensor]:
 
 def _mm_on(isa: str) -> Callable[..., Tensor]:
     def run(xq: Tensor, xs: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        if xq.ndim == 2:
+            return _in_c(isa, xq, xs.contiguous(), wq, ws, bias, dtype)
         return _in_c(isa, xq[0], xs[0].contiguous(), wq[0], ws[0], None if bias is None else bias[0], dtype).unsqueeze(0)
 
     return run
@@ -234,7 +236,7 @@ def register_all() -> None:
     """Register the CPU's implementations."""
     for isa, priority, why_not in (("amx", 30, _amx_why_not), ("vnni", 25, _vnni_why_not)):
         register("linear", f"cpu-{isa}", _linear_on(isa), device="cpu", priority=priority, why_not=why_not)
-        register("int8_mm", f"cpu-{isa}", _mm_on(isa), device="cpu", priority=priority, why_not=why_not)
+        register("int8_mm", f"cpu-{isa}", _mm_on(isa), device="cpu", priority=priority, why_not=why_not, flat=True)
     register("linear", "cpu-onednn-c", _linear_c, device="cpu", priority=20, why_not=_mm_c_why_not)
     register("quantize", "cpu-c", _quantize_c, device="cpu", priority=20, why_not=_quantize_c_why_not)
     register("int8_mm", "cpu-onednn-c", _mm_c, device="cpu", priority=20, why_not=_mm_c_why_not)
