@@ -12,7 +12,7 @@ from torch import Tensor
 
 from teint8 import _torch
 from teint8.qtensor import QTensor
-from teint8.transforms import attention, shapes
+from teint8.transforms import attention, contractions, shapes
 
 if TYPE_CHECKING:
     from teint8.transforms.route import Route
@@ -210,6 +210,55 @@ def _grouped(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
     return route.multiply("matmul", x, weight, -2, None, in_float, ends=ends)
 
 
+def _einsum(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
+    equation, *operands = args
+    if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
+        operands = list(operands[0])
+    if not isinstance(equation, str) or kwargs or len(operands) != 2:
+        return _stays_float("matmul", "einsum of two operands by an equation is taken over")(route, func, args, kwargs)
+    weight_first = route.operand(operands[0]) is not None and route.operand(operands[1]) is None
+    x, w = reversed(operands) if weight_first else operands
+
+    def in_float() -> Any:
+        return torch.ops.aten.einsum(equation, list(route.plain(operands)))
+
+    return _contracted(route, w, lambda: contractions.einsum(equation, x, w, weight_first), in_float)
+
+
+def _tensordot(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
+    if kwargs.get("out") is not None:
+        return _stays_float("matmul", "out= is not supported")(route, func, args, kwargs)
+    x, w, dims = shapes.bind(("a", "b", "dims"), args, kwargs)
+    ours, theirs = contractions.dims_of(x, 2 if dims is None else dims)
+
+    def in_float() -> Any:
+        return torch.ops.aten.tensordot(*route.plain((x, w)), ours, theirs)
+
+    return _contracted(route, w, lambda: contractions.tensordot(x, w, ours, theirs), in_float)
+
+
+def _inner(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
+    if kwargs.get("out") is not None:
+        return _stays_float("matmul", "out= is not supported")(route, func, args, kwargs)
+    x, w = shapes.bind(("self", "other"), args, kwargs, also=("input", "other"))
+    return _contracted(route, w, lambda: contractions.inner(x, w), lambda: torch.ops.aten.inner(*route.plain((x, w))))
+
+
+def _contracted(route: Route, w: Any, product_of: Callable[[], contractions.Product | str], in_float: Callable[[], Any]) -> Any:
+    """A product by w that is written as a contraction, where w is a weight."""
+    weight = route.operand(w)
+    if weight is None:
+        return in_float()
+    product = product_of()
+    if isinstance(product, str):
+        route.stays_float(weight, "matmul", product)
+        return in_float()
+    y = route.multiply("matmul", product.x, weight, product.axis, None, lambda: None)
+    if y is None:  # it stayed float: torch's own op, whose rounding is its own
+        return in_float()
+    return y if product.order is None else y.permute(product.order)
+
+
 def _stays_float(op: str, reason: str) -> Callable[[Route, Any, Any, Any], Any]:
     """A call that may multiply by a weight and is not taken over: it stays float, and the receipt says so."""
 
@@ -242,7 +291,7 @@ _FLOAT_GROUPED: dict[Any, Callable[..., Any]] = {
 }
 
 _PRODUCTS = (
-    torch.einsum, torch.tensordot, torch.inner, Tensor.inner, torch.mv, Tensor.mv, torch.addmv, Tensor.addmv, torch.addbmm,
+    torch.mv, Tensor.mv, torch.addmv, Tensor.addmv, torch.addbmm,
     Tensor.addbmm, torch.linalg.multi_dot, torch.chain_matmul, F.bilinear,
 )  # fmt: skip
 _RECURRENT = (
@@ -267,6 +316,10 @@ HANDLERS: dict[Any, Callable[[Route, Any, Any, Any], Any]] = {
     torch._transformer_encoder_layer_fwd: _encoder_layer,
     F.scaled_dot_product_attention: _scaled_dot_product_attention,
     **dict.fromkeys(_FLOAT_GROUPED, _grouped),
+    torch.einsum: _einsum,
+    torch.tensordot: _tensordot,
+    torch.inner: _inner,
+    Tensor.inner: _inner,
     **FLOAT_ONLY,
 }
 
