@@ -13,6 +13,7 @@ from torch import Tensor
 from teint8 import _torch
 from teint8.qtensor import QTensor
 from teint8.transforms import attention, contractions, shapes
+from teint8.transforms.recurrent import CELLS
 
 if TYPE_CHECKING:
     from teint8.transforms.route import Route
@@ -259,6 +260,19 @@ def _contracted(route: Route, w: Any, product_of: Callable[[], contractions.Prod
     return y if product.order is None else y.permute(product.order)
 
 
+def _cell(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
+    """One step of a recurrent network: two linears and its gates."""
+
+    def project(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+        y: Tensor = _linear(route, F.linear, (x, w, bias), {})
+        return y
+
+    names = ("input", "hx", "w_ih", "w_hh", "b_ih", "b_hh")
+    x, state, w_ih, w_hh, b_ih, b_hh = shapes.bind(names, args, kwargs)
+    plain = route.plain((x, state, b_ih, b_hh))
+    return CELLS[func](project, plain[0], plain[1], w_ih, w_hh, *plain[2:])
+
+
 def _stays_float(op: str, reason: str) -> Callable[[Route, Any, Any, Any], Any]:
     """A call that may multiply by a weight and is not taken over: it stays float, and the receipt says so."""
 
@@ -294,12 +308,10 @@ _PRODUCTS = (
     torch.mv, Tensor.mv, torch.addmv, Tensor.addmv, torch.addbmm,
     Tensor.addbmm, torch.linalg.multi_dot, torch.chain_matmul, F.bilinear,
 )  # fmt: skip
-_RECURRENT = (
-    torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu, torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell,
-)  # fmt: skip
+_RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
 FLOAT_ONLY: dict[Any, Callable[[Route, Any, Any, Any], Any]] = {
     **{f: _stays_float("matmul", f"{f.__name__} is not taken over; write it as a matmul or F.linear") for f in _PRODUCTS},
-    **dict.fromkeys(_RECURRENT, _stays_float("recurrent", "recurrent layers stay float")),
+    **dict.fromkeys(_RECURRENT, _stays_float("recurrent", "whole recurrent layers stay float; their cells (nn.LSTMCell) do not")),
 }
 """Calls that may meet a weight and stay float."""
 
@@ -320,6 +332,7 @@ HANDLERS: dict[Any, Callable[[Route, Any, Any, Any], Any]] = {
     torch.tensordot: _tensordot,
     torch.inner: _inner,
     Tensor.inner: _inner,
+    **dict.fromkeys(CELLS, _cell),
     **FLOAT_ONLY,
 }
 
