@@ -13,6 +13,7 @@ import torch.utils.checkpoint
 from torch import Tensor
 from torch._functorch import eager_transforms
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -81,7 +82,7 @@ def replay_in_checkpoints(route: Any, entered: int) -> None:
         entered: id of the frame that entered the route.
 
     """
-    if torch.compiler.is_compiling() or in_transform():
+    if is_compiling() or in_transform():
         return
     frame = sys._getframe(1)
     while frame is not None and id(frame) != entered:
@@ -123,7 +124,7 @@ def marks_differentiable() -> bool:
 
     They go over that tree, and no other, with ``tree_map_``; torch's own error for INT8 leaves names neither them nor a fix.
     """
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return False
     frame = sys._getframe(1)
     for _ in range(8):
@@ -159,7 +160,6 @@ def inductor(gm: Any, inputs: Any, mode: str | None, options: dict[str, Any]) ->
 
 
 @functools.cache
-@functools.cache
 def written_once_for(*ops: Any) -> None:
     """Let Inductor write what calls of these ops take, once; otherwise it is computed for each. Seen on torch 2.11 and 2.13."""
     from torch._inductor import lowering
@@ -172,6 +172,13 @@ def written_once_for(*ops: Any) -> None:
 
     for op in ops:
         lowering.make_fallback(op, layout_constraint=written)
+
+
+def is_compiling() -> bool:
+    """Whether this thread traces for a compiler. torch.compiler's flag is one for all threads, as long as any of them compiles."""
+    if not torch.compiler.is_compiling():
+        return False
+    return torch.compiler.is_dynamo_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
 @contextlib.contextmanager
@@ -188,7 +195,9 @@ def compiling() -> Iterator[None]:
 @contextlib.contextmanager
 def without_data() -> Any:
     """A context for a dry run. It gives a function: of a tensor one without data, of a symbolic size a number, which guards nothing."""
-    with FakeTensorMode() as mode:
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    with FakeTensorMode(shape_env=ShapeEnv()) as mode:
 
         def fake(value: Any) -> Any:
             if isinstance(value, Tensor):
@@ -224,8 +233,44 @@ def hides_its_body(func: Any) -> bool:
 
 
 def number(size: Any) -> int:
-    """A size as a number, where it is symbolic the one that it was traced with; nothing is guarded."""
-    return size if type(size) is int else size.node.hint  # type: ignore[no-any-return]
+    """A size as a number, where it is symbolic the one that it was traced with; nothing is guarded.
+
+    A size that depends on data (``x[mask]``) was traced with none: it counts as ``UNKNOWN``.
+    """
+    if type(size) is int:
+        return size
+    hint = size.node.hint
+    return UNKNOWN if hint is None else int(hint)
+
+
+UNKNOWN = 4096
+"""What a size that depends on data is taken for, where an implementation is chosen for it."""
+
+
+class Writes(TorchDispatchMode):
+    """Notes the memory that calls write to; functions that take functions (cond, a Triton kernel) may write to all that they are given."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        schema = getattr(func, "_schema", None)
+        if schema is None or schema.is_mutable:
+            written = [*args, *kwargs.values()]
+            if schema is not None:
+                named = {a.name: value for a, value in zip(schema.arguments, args, strict=False)} | kwargs
+                written = [named.get(a.name) for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+            self.storages |= {memory_of(t) for t in torch_pytree.tree_leaves(written) if isinstance(t, Tensor)}
+        return func(*args, **kwargs)
+
+
+def memory_of(t: Tensor) -> int:
+    """What tells the memory of one tensor, also of one without data, from that of another, while both live."""
+    return int(t.untyped_storage()._cdata) if t.layout is torch.strided else id(t)
 
 
 def source_name(placeholder: Any) -> str:

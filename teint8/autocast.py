@@ -90,7 +90,7 @@ class te_int8_autocast(Route):
             raise TypeError(f"te_int8_autocast: policy is {policy!r}; a Policy is needed, such as Policy.training()")
         chosen = _QAT if policy is None else policy
         super().__init__(chosen if enabled else _FLOAT, strict and enabled, Receipt())
-        self._policy = None if torch.compiler.is_compiling() else _number(self.policy)
+        self._policy = None if _torch.is_compiling() else _number(self.policy)
         self.training = training
         # a path depends on the outermost module: it is looked up anew in each context only where rules depend on it
         self._paths_matter = any(rule.path != "*" for rule in self.policy.rules)
@@ -119,7 +119,7 @@ class te_int8_autocast(Route):
 
     def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
         super().__exit__(exc_type, exc_value, traceback)
-        if torch.compiler.is_compiling() or self._entered():
+        if _torch.is_compiling() or self._entered():
             return
         if self.shared is not None:
             self.shared.clear()
@@ -128,7 +128,7 @@ class te_int8_autocast(Route):
             self.finish()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is _LINEAR and self._quick is not None and not torch.compiler.is_compiling() and not kwargs:
+        if func is _LINEAR and self._quick is not None and not _torch.is_compiling() and not kwargs:
             y = self._again(*args)
             if y is not None:
                 return y
@@ -142,11 +142,11 @@ class te_int8_autocast(Route):
     def operand(self, t: Any) -> Operand | None:
         if isinstance(t, nn.Parameter):
             owner, transposed = t, False
-        elif torch.compiler.is_compiling() or not _is_transposed_parameter(t):
+        elif _torch.is_compiling() or not _is_transposed_parameter(t):
             return None
         else:
             owner, transposed = t._base, True
-        if torch.compiler.is_compiling() or not _torch.is_plain(owner):
+        if _torch.is_compiling() or not _torch.is_plain(owner):
             return Operand(t, "", transposed)
         held = held_of(owner)
         return Operand(t, self._path_of(owner, held), transposed, (owner, held))
@@ -296,7 +296,7 @@ def _weak(root: nn.Module | None) -> Callable[[], nn.Module | None]:
 
 def _is_inference(x: Any, bias: Any) -> bool:
     """Whether nothing but values is wanted: no gradient, transform, tracing or torch.autocast, and real tensors."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not _torch.no_dispatch_modes():
+    if torch.is_grad_enabled() or _torch.is_compiling() or not _torch.no_dispatch_modes():
         return False
     if _torch.forward_ad_level() >= 0 or x.is_meta or torch.is_autocast_enabled(x.device.type):
         return False

@@ -4,8 +4,9 @@
 node by node: it is run once, under a route like that of ``quantize``, while AOTAutograd traces it, so that both decide alike.
 """
 
-import operator
-import re
+import copy
+import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,9 +15,10 @@ from torch import Tensor, fx
 
 from teint8 import _torch
 from teint8.ops import cuda
-from teint8.policy import Policy
+from teint8.policy import Policy, Rule, glob
 from teint8.qtensor import QTensor
-from teint8.transforms.calls import FLOAT_ONLY, HANDLERS, Operand, know_transformers
+from teint8.transforms.calls import Operand
+from teint8.transforms.graphs import enables_gradients, has_matmuls, hidden_matmuls, names, weights_of
 from teint8.transforms.held import Follower, held_of
 from teint8.transforms.quantize import BoundRoute
 from teint8.transforms.receipt import Receipt
@@ -25,7 +27,7 @@ _OURS = ("policy", "training", "strict", "receipt", "mode", "params")
 
 
 class _How(NamedTuple):
-    """What ``options`` say; ``training`` None: as gradients are enabled or not when the graph is compiled."""
+    """What ``options`` say; ``training`` None: False unless gradients are enabled when the graph is compiled."""
 
     policy: Policy
     training: bool | None
@@ -42,18 +44,24 @@ def backend(gm: fx.GraphModule, inputs: Sequence[Any], *, mode: str | None = Non
         mode: one of torch.compile's ("reduce-overhead", "max-autotune", ...), handed on to Inductor. Under "max-autotune" the tiles of
             the INT8 matmuls are measured, too, where this machine has not done so before (``teint8.ops.cuda.tune``).
         options: ``policy`` (``Policy.qat()`` unless given), ``training`` (True: weights are quantized in the graph, from floats; False:
-            they are packed once, as by ``te_int8_autocast(training=False)``; as gradients are enabled or not unless given), ``strict``,
+            they are packed once, as by ``te_int8_autocast(training=False)``, but for those that want a gradient; unless given, as
+            gradients are enabled or not), ``strict``,
             ``receipt`` (a ``teint8.Receipt`` that is filled while graphs are compiled), ``mode`` (for torch.compile takes options or a
             mode, not both), ``params`` (the name of the argument of a pure function that holds its parameters), and any option of
             Inductor.
 
     Paths are those of ``named_parameters`` of the compiled module, or of the arguments of a compiled function ("layers.0.w" of
-    ``params["layers"][0]["w"]``). Weights of ``x @ w`` are the graph's inputs that are parameters, require a gradient, are
-    differentiated in the graph, or are leaves of the argument that the option ``params`` names. Matmuls inside of torch.cond, map and
-    scan stay float, as the receipt says.
+    ``params["layers"][0]["w"]``). Weights of ``x @ w`` are parameters, and the leaves of the argument that the option ``params`` names;
+    where a graph has neither, its inputs that require a gradient or are differentiated in it. Matmuls inside of torch.cond, map and
+    scan stay float, as the receipt says. A weight that the graph edits is quantized in the graph.
+
+    Dynamo gives up a function that it compiled too often (``torch._dynamo.config.recompile_limit``), and runs it in float from then on:
+    ``fullgraph=True`` makes that an error. A model that was compiled by this backend and is called in a function that is compiled by
+    another becomes part of that function, and runs as that backend has it.
 
     Raises:
-        TypeError: an option of another type. ValueError: strict, and a call cannot run in INT8.
+        TypeError: an option of another type. ValueError: strict, and a call cannot run in INT8, or no parameter of the module has the path of a
+            rule.
 
     Example:
         >>> model = torch.nn.Linear(64, 10)
@@ -63,21 +71,25 @@ def backend(gm: fx.GraphModule, inputs: Sequence[Any], *, mode: str | None = Non
     """
     how, inductor = _read(options or {})
     mode = mode or (options or {}).get("mode")  # torch.compile takes one of mode and options
-    if not _has_matmuls(gm):
+    if not has_matmuls(gm):
         return _torch.inductor(gm, list(inputs), mode, inductor)
-    training = torch.is_grad_enabled() if how.training is None else how.training
     program = _Program(gm, how, list(inputs))
+    if how.strict:
+        _check_paths(how.policy)
     if (mode or "").startswith("max-autotune") and any(isinstance(t, Tensor) and t.is_cuda for t in inputs):
         cuda.tune_new(program.problems(inputs))
-    extras = [] if training else program.packable(inputs)
+    extras = program.packable(inputs)
     whole = program.as_graph(extras)
     compiled = _torch.inductor(whole, [*inputs, *program.fakes(inputs, extras)], mode, inductor)
-    if not extras:
+    followers = [(extra.position, Follower(extra.axis, extra.granularity)) for extra in extras]
+    met = _Met(program, inputs) if how.receipt is not None or any(rule.path != "*" for rule in how.policy.rules) else None
+    if not followers and met is None:
         return compiled
 
-    followers = [(extra.position, Follower(extra.axis, extra.granularity)) for extra in extras]
-
     def run(*args: Any) -> Any:
+        other = None if met is None else met.other(args)
+        if other is not None:
+            return other.run(args, False, {})[0]
         more: list[Tensor] = []
         for position, follower in followers:
             packed = follower.get(args[position])
@@ -85,6 +97,43 @@ def backend(gm: fx.GraphModule, inputs: Sequence[Any], *, mode: str | None = Non
         return compiled(*args, *more)
 
     return run
+
+
+class _Met:
+    """Which weights a compiled graph has met: Dynamo runs it for every module that is like the first, and rules go by paths."""
+
+    def __init__(self, program: "_Program", inputs: Sequence[Any]) -> None:
+        self.program = program
+        self.positions = sorted({i for i, _ in program.weights.values() if isinstance(inputs[i], torch.nn.Parameter)})
+        first = tuple(inputs[i] for i in self.positions)
+        self._known: dict[tuple[int, ...], tuple[list[weakref.ref[Tensor]], _Program | None]] = {}
+        self._keep(first, None)
+
+    def _keep(self, weights: tuple[Tensor, ...], other: "_Program | None") -> None:
+        if len(self._known) >= 4096:
+            self._known.clear()
+        self._known[tuple(map(id, weights))] = [weakref.ref(w) for w in weights], other
+
+    def other(self, args: Sequence[Any]) -> "_Program | None":
+        """The program for these weights where their rules are not those that the graph was compiled for, else None."""
+        weights = tuple(args[i] for i in self.positions)
+        known = self._known.get(tuple(map(id, weights)))
+        if known is not None and all(ref() is w for ref, w in zip(known[0], weights, strict=True)):
+            return known[1]
+        there = names()
+        program = self.program.renamed({i: there[id(args[i])] for i in self.positions if id(args[i]) in there})
+        same = program.rules() == self.program.rules()
+        if not same:
+            paths = [path for _, path in program.weights.values()]
+            warnings.warn(
+                f"teint8: torch.compile uses code again for {', '.join(paths[:3])} that was compiled for weights of other rules: these "
+                "calls run uncompiled, with the same results. Compile the whole model without graph breaks (fullgraph=True)",
+                stacklevel=2,
+            )
+        if program.how.receipt is not None and program.weights != self.program.weights:
+            program.dry_run(args, record=True)
+        self._keep(weights, None if same else program)
+        return None if same else program
 
 
 def _read(options: dict[str, Any]) -> tuple[_How, dict[str, Any]]:
@@ -104,19 +153,15 @@ def _read(options: dict[str, Any]) -> tuple[_How, dict[str, Any]]:
     return how, {name: value for name, value in options.items() if name not in _OURS}
 
 
-_METHODS = {"matmul", "mm", "bmm", "addmm", "baddbmm", "__matmul__", "__rmatmul__"}
-
-
-def _has_matmuls(gm: fx.GraphModule) -> bool:
-    """Whether a graph calls anything that a route takes over; an optimizer's does not."""
-    know_transformers()
-    return any(
-        n.target in HANDLERS
-        or n.target is operator.matmul
-        or _torch.hides_its_body(n.target)
-        or (n.op == "call_method" and n.target in _METHODS)
-        for n in gm.graph.nodes
-    )
+def _check_paths(policy: Policy) -> None:
+    """Raise for a rule whose path is that of no parameter of the model that is running: it is misspelt."""
+    paths = list(names().values())
+    for rule in policy.rules if paths else ():
+        if rule.path != "*" and not any(glob(rule.path, path) or glob(rule.path, path.rpartition(".")[0]) for path in paths):
+            raise ValueError(
+                f"strict: no parameter has the path of {rule!r}; those are {', '.join(map(repr, paths[:5]))}"
+                f"{', ...' if len(paths) > 5 else ''}; mend the path, or leave strict off"
+            )
 
 
 class _Extra(NamedTuple):
@@ -167,9 +212,7 @@ class _Interpreter(fx.Interpreter):
 
     def _look_into(self, n: fx.Node) -> None:
         """Say on the receipt, in strict mode raise, that matmuls inside of cond, map or scan stay float; checkpoints are seen."""
-        bodies = [self.fetch_attr(a.target) for a in n.all_input_nodes if a.op == "get_attr"]  # type: ignore[arg-type]
-        calls = [call for body in bodies if isinstance(body, fx.GraphModule) for call in body.graph.nodes]
-        hidden = [call for call in calls if call.target in HANDLERS and call.target not in FLOAT_ONLY]
+        hidden = hidden_matmuls(self.module, n)  # type: ignore[arg-type]
         if not hidden or "checkpoint" in str(n.target) or not self.route.policy.rules:
             return
         reason = f"inside of {n.target}, whose body is traced outside of the routing"
@@ -185,7 +228,7 @@ class _Program:
     def __init__(self, gm: fx.GraphModule, how: _How, inputs: list[Any]) -> None:
         self.gm, self.how = gm, how
         self.placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
-        self.weights = _weights(gm, self.placeholders, inputs, how.params)
+        self.weights = weights_of(gm, self.placeholders, inputs, how.params)
 
     def run(
         self,
@@ -200,18 +243,48 @@ class _Program:
         with route, _torch.compiling():
             return _Interpreter(self.gm, route, self.weights, constant).run(*args), route
 
-    def packable(self, inputs: Sequence[Any]) -> list[_Extra]:
-        """What packed weights the graph wants: found by running it on tensors without data."""
+    def renamed(self, paths: dict[int, str]) -> "_Program":
+        """This program with other paths for some of its inputs."""
+        other = copy.copy(self)
+        other.weights = {node: (i, paths.get(i, path)) for node, (i, path) in self.weights.items()}
+        return other
+
+    def rules(self) -> list[Rule | None]:
+        """What the policy says of each weight."""
+        return [self.how.policy.match(path, op) for _, path in self.weights.values() for op in ("linear", "matmul")]
+
+    def dry_run(self, inputs: Sequence[Any], record: bool, how: _How | None = None) -> None:
+        """Run on tensors without data, for what the receipt then says."""
         with _torch.without_data() as fake, torch.no_grad():
-            _, route = self.run([fake(value) for value in inputs], False, {}, fake)
-        return [extra for extra in route.packings if isinstance(inputs[extra.position], torch.nn.Parameter)]
+            self.run([fake(value) for value in inputs], record, {}, fake, how)
+
+    def packable(self, inputs: Sequence[Any]) -> list[_Extra]:
+        """The weights whose packed forms are to be inputs: found by running the graph on tensors without data.
+
+        Not those of which a gradient is wanted, nor those that the graph edits, through whichever of its inputs.
+        """
+        enabled = torch.is_grad_enabled()
+        if (enabled if self.how.training is None else self.how.training) or enables_gradients(self.gm):
+            return []
+        with _torch.without_data() as fake, torch.no_grad(), _torch.Writes() as writes:
+            fakes = [fake(value) for value in inputs]
+            writes.storages.clear()
+            _, route = self.run(fakes, False, {}, fake)
+            edited = [t for t, f in zip(inputs, fakes, strict=True) if isinstance(t, Tensor) and _torch.memory_of(f) in writes.storages]
+        memory = {_torch.memory_of(t) for t in edited}
+
+        def fits(weight: Any) -> bool:
+            if not isinstance(weight, torch.nn.Parameter) or weight.is_inference() or (enabled and weight.requires_grad):
+                return False
+            return _torch.memory_of(weight) not in memory
+
+        return [extra for extra in route.packings if fits(inputs[extra.position])]
 
     def problems(self, inputs: Sequence[Any]) -> list[tuple[int, int, int]]:
         """M, N and K of the graph's INT8 matmuls and of those of its backward, found on tensors without data."""
         receipt = Receipt()
         how = self.how._replace(receipt=receipt, strict=False)
-        with _torch.without_data() as fake, torch.no_grad():
-            self.run([fake(value) for value in inputs], True, {}, fake, how)
+        self.dry_run(inputs, True, how)
         found: dict[tuple[int, int, int], None] = {}
         for r in receipt:
             if r.int8 and r.batch == 1:
@@ -264,43 +337,3 @@ def _output(gm: fx.GraphModule) -> fx.Node:
     return next(n for n in reversed(gm.graph.nodes) if n.op == "output")  # type: ignore[no-any-return]
 
 
-# what torch.func's transforms wrap a tensor in, as they appear in a graph of Dynamo's: the result stands for the first argument
-_WRAPPERS = {"_wrap_for_grad", "_create_differentiable", "_add_batch_dim", "_make_dual", "_set_tensor_requires_grad", "_unpack_dual"}
-
-
-def _weights(gm: fx.GraphModule, placeholders: list[fx.Node], inputs: list[Any], params: str | None) -> dict[fx.Node, tuple[int, str]]:
-    """Nodes that stand for weights, with the index of the input and its path."""
-    origin = {node: i for i, node in enumerate(placeholders)}
-    chosen = {i for i, value in enumerate(inputs) if isinstance(value, Tensor) and value.is_leaf and value.requires_grad}
-    sources = [_torch.source_name(node) for node in placeholders]
-    named = f"L['{params}']"
-    chosen |= {i for i, value in enumerate(inputs) if isinstance(value, torch.nn.Parameter) or sources[i].startswith(named)}
-    for node in gm.graph.nodes:
-        name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
-        if name in _WRAPPERS and node.args[0] in origin:
-            origin[node] = origin[node.args[0]]
-            chosen |= {origin[node]} if name == "_make_dual" else set()
-        elif name == "_autograd_grad":
-            found: list[fx.Node] = []
-            fx.node.map_arg(node.args[1], found.append)
-            chosen |= {origin[n] for n in found if n in origin}
-    return {n: (i, path_of(sources[i])) for n, i in origin.items() if i in chosen and isinstance(inputs[i], Tensor)}
-
-
-_PARTS = re.compile(r"\['([^']*)'\]|\[\"([^\"]*)\"\]|\[(\d+)\]|\.(\w+)")
-_CONTAINERS = {"_modules", "_parameters", "_buffers", "_orig_mod"}
-
-
-def path_of(source: str) -> str:
-    """A weight's path from the expression by which Dynamo reaches it.
-
-    Example:
-        >>> path_of("L['self']._modules['0']._parameters['weight']"), path_of("L['params']['layers'][0]['w']")
-        ('0.weight', 'layers.0.w')
-
-    """
-    parts = ["".join(match) for match in _PARTS.findall(source)]
-    if "_modules" in parts or "_parameters" in parts:
-        first = min(parts.index(name) for name in ("_modules", "_parameters") if name in parts)
-        return ".".join(part for part in parts[first:] if part not in _CONTAINERS)
-    return ".".join(parts[1:]) or (parts[0] if parts else source)

@@ -5,6 +5,7 @@ import gc
 import importlib.metadata
 import pathlib
 import re
+import threading
 import warnings
 
 import grid
@@ -17,8 +18,9 @@ from torch.utils.checkpoint import checkpoint
 
 import teint8
 from teint8 import Policy, Quant, Rule
-from teint8.compile import backend, path_of
+from teint8.compile import backend
 from teint8.ops import registry, traced
+from teint8.transforms.graphs import path_of
 
 TRANSFORMS = [name for name in grid.TRANSFORMS if name != "checkpoint"]
 
@@ -89,12 +91,142 @@ def test_packed_weights_follow_the_floats(device: str) -> None:
 
 def test_training_may_be_asked_for(device: str) -> None:
     model, x = _exact(device)
+    packed = lambda: teint8.te_int8_autocast.cache_info().weights
     teint8.te_int8_autocast.cache_clear()
     with torch.no_grad():
         y = _compiled(model, training=True)(x)
-    assert teint8.te_int8_autocast.cache_info().weights == 0
+    assert packed() == 0
     torch._dynamo.reset()
-    assert different(_compiled(model, training=False)(x.requires_grad_()), y) == 0
+    model[2].requires_grad_(False)
+    x.requires_grad_()
+    got = _compiled(model, training=False)(x)
+    assert different(got, y) == 0 and packed() == 1  # that of which no gradient is wanted
+    wanted = [x, *(p for p in model.parameters() if p.requires_grad)]
+    got = torch.autograd.grad(got.square().mean(), wanted)
+    want = torch.autograd.grad(teint8.quantize(model)(dict(model.named_parameters()), x).square().mean(), wanted)
+    assert grid.relative_error(list(got), list(want)) < 1e-5
+
+
+def test_gradients_in_a_graph_that_is_compiled_without(device: str) -> None:
+    model, x = _exact(device)
+    params = dict(model.named_parameters())
+    plain = lambda p: torch.func.functional_call(model, p, (x,)).square().mean()
+    want = torch.func.grad(lambda p: teint8.quantize(model)(p, x).square().mean())(params)
+    with torch.no_grad():
+        assert grid.relative_error(_compiled(torch.func.grad(plain))(params), want) < 1e-5
+
+    def enables(x: torch.Tensor) -> torch.Tensor:
+        with torch.enable_grad():
+            return model(x)
+
+    with torch.no_grad():
+        y = torch.compile(enables, backend=BACKEND)(x)
+    assert y.requires_grad
+    got = torch.autograd.grad(y.square().mean(), list(model.parameters()))
+    assert grid.relative_error(list(got), list(want.values())) < 1e-5
+
+
+@pytest.mark.parametrize("how", ["weight", "alias", "data", "detached", "in a checkpoint"])
+def test_weights_that_the_graph_edits(how: str, device: str) -> None:
+    class Ema(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(24, 16)
+            self.register_buffer("alias", self.fc.weight.data)
+
+        def edit(self) -> None:
+            w = self.fc.weight
+            {"alias": self.alias, "data": w.data, "detached": w.detach()}.get(how, w).mul_(3.0)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if how == "in a checkpoint":
+                checkpoint(self.edit, use_reentrant=False)
+            else:
+                self.edit()
+            return self.fc(x)
+
+    model, x = Ema().to(device), torch.randn(5, 24, device=device)
+    model.alias = model.fc.weight.data
+    compiled = _compiled(model)
+    with torch.no_grad():
+        for _ in range(3):
+            y = compiled(x)
+            assert different(y, teint8.ops.linear(x, model.fc.weight, model.fc.bias)) == 0
+
+
+def test_weights_of_inference_mode_and_transposed_ones(device: str) -> None:
+    x = torch.randn(5, 24, device=device)
+    with torch.inference_mode():
+        model = nn.Linear(24, 16).to(device)
+        assert model.weight.is_inference()
+        assert different(_compiled(model)(x), teint8.ops.linear(x, model.weight, model.bias)) == 0
+    model = nn.Linear(24, 16, bias=False).to(device)
+
+    def transposed(x: torch.Tensor) -> torch.Tensor:
+        return x @ model.weight.t()
+
+    teint8.te_int8_autocast.cache_clear()
+    with torch.no_grad():
+        assert different(_compiled(transposed)(x), teint8.ops.linear(x, model.weight)) == 0
+    assert teint8.te_int8_autocast.cache_info().weights == 1
+
+
+def test_sizes_that_depend_on_data(device: str) -> None:
+    model, x = _exact(device)
+    qfn = teint8.quantize(model)
+
+    def positive(x: torch.Tensor) -> torch.Tensor:
+        return model(x[x[:, 0] > 0])
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        for enabled in (False, True):
+            with torch.set_grad_enabled(enabled):
+                y = _compiled(positive)(x)
+            assert 0 < len(y) < len(x)
+            assert different(y, qfn(dict(model.named_parameters()), x[x[:, 0] > 0])) == 0
+
+
+def test_products_by_what_is_no_weight(device: str) -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(8, 8))
+
+        def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            a = a + 0
+            a @= self.w
+            return a @ b
+
+    model = Mixed().to(device)
+    a, b = torch.randn(4, 8, device=device), torch.randn(8, 3, device=device, requires_grad=True)
+    receipt = teint8.Receipt()
+    y = _compiled(model, receipt=receipt)(a, b)
+    assert different(y, teint8.ops.linear(a, model.w.t()) @ b) == 0
+    assert [(r.path, r.op, r.int8) for r in receipt] == [("w", "matmul", True), ("?", "activation_matmul", False)]
+
+
+def test_another_thread_is_not_compiling() -> None:
+    """torch's flag is one for all threads."""
+    from teint8 import _torch
+
+    model, x = _exact("cpu")
+    teint8.te_int8_autocast.cache_clear()
+    seen = []
+
+    def elsewhere() -> None:
+        context = teint8.te_int8_autocast(training=False)
+        with torch.no_grad(), context:
+            seen.append((_torch.is_compiling(), context._entered() != [0], different(model(x), want)))
+
+    want = teint8.quantize(model)(dict(model.named_parameters()), x)
+    with _torch.compiling():
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+        context = teint8.te_int8_autocast()
+        context.__enter__()
+    context.__exit__(None, None, None)  # undoes what was done, whatever is compiled by now
+    assert seen == [(False, True, 0)] and torch.backends.mha.get_fastpath_enabled()
     assert teint8.te_int8_autocast.cache_info().weights == 3
 
 
@@ -285,7 +417,8 @@ def test_bodies_that_dynamo_hides_never_run_in_float_unseen(device: str) -> None
         return checkpoint(lambda x: F.linear(x, p), x, use_reentrant=False)
 
     def branching(p, x):
-        return torch.cond(x.sum() > -1e9, lambda x: F.linear(x, p), lambda x: F.linear(x * 2, p), (x,))
+        inner = lambda x: torch.cond(x.sum() > 1e9, lambda x: x @ p.t(), lambda x: F.linear(x, p), (x,))
+        return torch.cond(x.sum() > -1e9, inner, lambda x: (x * 2).matmul(p.t()), (x,))
 
     for function in (checkpointed, branching):
         torch._dynamo.reset()
@@ -298,9 +431,9 @@ def test_bodies_that_dynamo_hides_never_run_in_float_unseen(device: str) -> None
     receipt = teint8.Receipt()
     torch._dynamo.reset()
     torch.testing.assert_close(_compiled(branching, receipt=receipt)(w, x), F.linear(x, w))
-    assert receipt.int8_calls == 0 and receipt.calls == 2 and all("cond" in r.reason for r in receipt)
+    assert receipt.int8_calls == 0 and receipt.calls == 3 and all("cond" in r.reason for r in receipt)
     torch._dynamo.reset()
-    with pytest.raises(Exception, match="strict: 2 calls cannot run"):
+    with pytest.raises(Exception, match="strict: 3 calls cannot run"):
         _compiled(branching, strict=True)(w, x)
 
 
@@ -470,6 +603,49 @@ def test_graph_breaks_in_user_code() -> None:
     assert [r.path for r in receipt] == ["first.weight", "second.weight"]
 
 
+def test_paths_after_graph_breaks_in_submodules_and_of_tied_weights() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.first(x)
+            torch._dynamo.graph_break()
+            return self.second(F.relu(h))
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([Block() for _ in range(3)])
+            self.last, self.tied = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.tied.weight = self.last.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.head(x)
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+        def head(self, x: torch.Tensor) -> torch.Tensor:
+            return self.tied(self.last(x))
+
+    model, x = Model(), torch.randn(3, 8)
+    # one compiled function runs all blocks, of which the second has another rule
+    policy = Policy([Rule("blocks.1.*", weight=None), Rule()])
+    receipt = teint8.Receipt()
+    with pytest.warns(UserWarning, match=r"code again for blocks\.1"):
+        y = torch.compile(model, backend=BACKEND, options={"receipt": receipt, "policy": policy})(x)
+    want = teint8.explain(teint8.quantize(model, policy), dict(model.named_parameters()), x)
+    assert {(r.path, r.int8) for r in receipt} == {(r.path, r.int8) for r in want} and len(receipt) == 7
+    assert different(y, teint8.quantize(model, policy)(dict(model.named_parameters()), x)) == 0
+    got = torch.autograd.grad(y.square().mean(), list(model.parameters()), allow_unused=True)
+    y = teint8.quantize(model, policy)(dict(model.named_parameters()), x)
+    want = torch.autograd.grad(y.square().mean(), list(model.parameters()), allow_unused=True)
+    assert [g is None for g in got] == [g is None for g in want]
+    assert grid.relative_error([g for g in got if g is not None], [g for g in want if g is not None]) < 1e-5
+
+
 def test_a_whole_training_step_with_its_optimizer(device: str) -> None:
     losses = []
     for way in ("compiled", "eager"):
@@ -592,6 +768,10 @@ def test_bad_options_and_strict() -> None:
     torch._dynamo.reset()
     with pytest.raises(Exception, match=r"strict: 0\.weight"):
         _compiled(model.double(), strict=True, policy=Policy([Rule(weight=Quant(), activation=Quant())]))(x.long())
+    model, x = _exact("cpu")
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match=r"strict: no parameter has the path of Rule\('4.wieght', weight=None\); those are '0.weight'"):
+        _compiled(model, strict=True, policy=Policy([Rule("4.wieght", weight=None), Rule()]))(x)
 
 
 def test_options_of_inductor_are_handed_on() -> None:

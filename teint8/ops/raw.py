@@ -171,7 +171,7 @@ def problem_of(x: Tensor, n: int, w_ndim: int) -> Problem:
 
 def direct(*tensors: Tensor | None) -> bool:
     """Whether the dispatcher would only cost time: real tensors, nothing that traces or transforms."""
-    return not torch.compiler.is_compiling() and _torch.are_plain(*tensors)
+    return not _torch.is_compiling() and _torch.are_plain(*tensors)
 
 
 def _quantize(x: Tensor, seed: Tensor | None, scale: Tensor | None, group_dims: int, impl: str) -> Any:

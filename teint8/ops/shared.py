@@ -34,7 +34,7 @@ class Shared:
         """The codes of x that were made in the same way, else those that ``quantize`` makes."""
         if torch.compiler.is_dynamo_compiling() or x.is_inference() or _torch.in_transform():
             return quantize()
-        if torch.compiler.is_compiling():  # a graph is traced: tensors have versions, but no address
+        if _torch.is_compiling():  # a graph is traced: tensors have versions, but no address
             place: tuple[Any, ...] = (x._version,)
         elif _torch.is_plain(x) and _torch.no_dispatch_modes():
             place = (x._version, x.data_ptr(), x.shape, x.stride())

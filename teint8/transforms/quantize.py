@@ -8,6 +8,7 @@ import torch
 import torch.utils._pytree as torch_pytree
 from torch import Tensor, nn
 
+from teint8 import _torch
 from teint8.ops.shared import Shared
 from teint8.policy import Policy
 from teint8.qtensor import QTensor
@@ -64,7 +65,7 @@ class BoundRoute(Route):
             result = func(*args, **kwargs)
             if result.ndim >= 2 and result.shape == args[0].mT.shape and result.stride() == args[0].mT.stride():
                 value = first.value if isinstance(first.value, QTensor) else result
-                self.known[result] = Operand(value, first.path, not first.transposed)
+                self.known[result] = Operand(value, first.path, not first.transposed, first.held)
                 return result
         if not self.packed_leaves or (first is not None and _looks(func)):
             packed = first is not None and isinstance(first.value, QTensor)
@@ -196,7 +197,7 @@ def _call_module(module: nn.Module, route: BoundRoute, params: Any, args: Any, k
     groups = params if isinstance(params, tuple) else (params,)
     check_params(module, groups)
     bound = {path: route.bind(path, leaf) for group in groups for path, leaf in group.items()}
-    if not torch.compiler.is_compiling():
+    if not _torch.is_compiling():
 
         def rebind(function: Callable[..., Any]) -> Callable[..., Any]:
             names = {f"module.{path}": leaf for path, leaf in bound.items()}
@@ -243,7 +244,7 @@ def check_params(module: nn.Module, groups: tuple[Any, ...]) -> None:
                 f"quantized {type(module).__name__}: params is a {type(group).__name__}; a dict of tensors by name is needed, "
                 "dict(model.named_parameters()), or a tuple of such dicts: (params, buffers)"
             )
-    if torch.compiler.is_compiling():
+    if _torch.is_compiling():
         return
     for group in groups:
         for path, leaf in group.items():

@@ -33,12 +33,12 @@ class Route(TorchFunctionMode):
 
     def __init__(self, policy: Policy, strict: bool, receipt: Receipt | None) -> None:
         super().__init__()
-        if not torch.compiler.is_compiling():
+        if not _torch.is_compiling():
             know_transformers()
         self.policy, self.strict, self.receipt = policy, strict, receipt
         self.matched: set[int] = set()
         self.shared: Shared | None = None  # where codes of activations are kept for the next call that takes the same one
-        self._entries: dict[int, list[int]] = {}  # by thread, the frames that entered this route
+        self._entries: dict[int, list[int]] = {}  # by thread, the frames that entered this route; 0 where it was traced
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         handler = HANDLERS.get(func)
@@ -55,18 +55,21 @@ class Route(TorchFunctionMode):
     def __enter__(self) -> Any:
         if torch.compiler.is_dynamo_compiling():
             apart.enter_traced()
-        elif not torch.compiler.is_compiling():
-            self._entered().append(id(sys._getframe(1)))
-            apart.enter()
+        else:
+            traced = _torch.is_compiling()
+            self._entered().append(0 if traced else id(sys._getframe(1)))
+            if not traced:
+                apart.enter()
         return super().__enter__()
 
     def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
         super().__exit__(exc_type, exc_value, traceback)
         if torch.compiler.is_dynamo_compiling():
             apart.leave_traced()
-        elif not torch.compiler.is_compiling() and self._entered():
-            self._entered().pop()
-            apart.leave()
+        else:
+            frames = self._entered()
+            if frames and frames.pop():  # compiled code that was left by a graph break entered it elsewhere
+                apart.leave()
 
     def _entered(self) -> list[int]:
         return self._entries.setdefault(threading.get_ident(), [])
@@ -104,7 +107,7 @@ class Route(TorchFunctionMode):
 
     def replay_in_checkpoints(self) -> None:
         """See to it that checkpoints entered since this route recompute under it."""
-        if not torch.compiler.is_compiling() and self._entered():
+        if not _torch.is_compiling() and self._entered():
             _torch.replay_in_checkpoints(self, self._entered()[-1])
 
     def rule(self, path: str, op: str) -> Rule | None:
@@ -214,7 +217,7 @@ class Route(TorchFunctionMode):
         """The weight's path, or its call site; "?" in compiled code, where there is no stack to read."""
         if weight.path:
             return weight.path
-        return "?" if torch.compiler.is_compiling() else callsite.line_of_call()
+        return "?" if _torch.is_compiling() else callsite.line_of_call()
 
     def record(self, path: str, op: str, x: Any, weight: Operand, axis: int, rows: Any, ran_as: str, mode: str, reason: str) -> None:
         """Note one call on the receipt."""
