@@ -4,6 +4,7 @@ import contextlib
 import functools
 import inspect
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -56,6 +57,38 @@ def are_plain(*tensors: Tensor | None) -> bool:
 
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
+
+
+class _Dispatched(threading.local):
+    """By thread, whether an op of ours is being run by the dispatcher."""
+
+    active = False
+
+
+dispatched = _Dispatched()
+
+
+@contextlib.contextmanager
+def by_dispatcher() -> Iterator[None]:
+    """What runs an op of ours that the dispatcher called: from compiled code perhaps, whose memory may be that of a CUDA graph."""
+    before, dispatched.active = dispatched.active, True
+    try:
+        yield
+    finally:
+        dispatched.active = before
+
+
+def is_capturing(t: Tensor) -> bool:
+    """Whether what is done with this tensor now becomes part of a CUDA graph."""
+    return t.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def stream_of(device: torch.device) -> int:
+    """The handle of the current stream of a GPU, 0 for other devices. Seen on torch 2.11 and 2.13."""
+    if device.type != "cuda":
+        return 0
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return int(torch._C._cuda_getCurrentRawStream(index))
 
 
 def no_dispatch_modes() -> bool:
@@ -230,6 +263,11 @@ def tracing_context() -> Any:
 def hides_its_body(func: Any) -> bool:
     """Whether functions that ``func`` is given (checkpoint, cond, scan, ...) are traced with no TorchFunctionMode; not attention's."""
     return isinstance(func, torch._ops.HigherOrderOperator) and not str(func).startswith("flex_attention")
+
+
+def takes_data(func: Any) -> bool:
+    """Whether ``func`` stands for ``x.data`` in a graph of Dynamo's. Seen on torch 2.11 and 2.13."""
+    return getattr(func, "__name__", "") == "_get_data_attr"
 
 
 def number(size: Any) -> int:

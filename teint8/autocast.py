@@ -186,6 +186,7 @@ class te_int8_autocast(Route):
             return None
         if not torch.is_inference_mode_enabled():  # a reentrant checkpoint records without gradients
             self.replay_in_checkpoints()
+        quick.entry.use(weight)
         self.matched.add(plan.rule)
         if self.receipt is not None:
             self.receipt.add(plan.fields)
@@ -203,9 +204,11 @@ class te_int8_autocast(Route):
         if quick is None or not quick.fits(owner, bias):
             if len(self._quick) >= 4096:
                 self._quick.clear()
-            held.get(owner, -1, "row")
             known, number = self._quick, id(owner)
-            quick = known[number] = Quick(owner, bias, held, held.packed[-1, "row"], lambda _: known.pop(number, None))
+            quick = Quick(owner, bias, held, held.entry(owner, -1, "row"), lambda _: known.pop(number, None))
+            if _torch.is_capturing(owner):  # codes that are made in a CUDA graph are there when it is replayed
+                return
+            known[number] = quick
         if len(quick.plans) > 64:
             quick.plans.clear()
         quick.plans[x.shape, x.dtype, x.device] = plan
@@ -243,7 +246,9 @@ class te_int8_autocast(Route):
         if not self.training or rule.compute != "int8" or rule.weight is None or not _torch.no_dispatch_modes() or owner.is_inference():
             return None
         columns = rule.gradient is not None and differentiates(owner)
-        place = (*held.place(owner), rule.weight.granularity, columns)
+        if _torch.is_capturing(owner):  # a CUDA graph quantizes the weight at each replay
+            return weight_codes_of(owner, rule.weight.granularity, columns)
+        place = (*held.place(owner), rule.weight.granularity, columns, _torch.stream_of(owner.device))
         if self._weight_codes is None:
             self._weight_codes = WeakTensorKeyDictionary()
         held_codes = self._weight_codes

@@ -203,6 +203,8 @@ class _Interpreter(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         if _torch.hides_its_body(n.target):
             self._look_into(n)
+        if _torch.takes_data(n.target) and self.route.shared is not None:
+            self.route.shared.forget(self.env[n.args[0]])  # type: ignore[index]
         result = super().run_node(n)
         known = self.weights.get(n)
         if known is not None:

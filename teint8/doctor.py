@@ -70,6 +70,7 @@ def _arguments(op: str, device: str) -> tuple[Any, ...]:
         "quantize_both": (x, seed),
         "activation": (x, u, u, "silu", True, True, True, True, seed),
         "mlp": (x[:2], (wq, ws), (wq, ws), down, (None, None, None), "silu"),
+        "grouped_mm": (xq, xs, wq.expand(2, -1, -1), ws.expand(2, -1), torch.tensor([8, 30], device=device), x.dtype),
         "norm": (x, u, u[0], None, "rms", 1e-5, True, True),
     }[op]
 

@@ -33,7 +33,7 @@ def test_what_is_kept_is_found_for_like_problems_alone(monkeypatch: pytest.Monke
         assert int8_mm.Config(*tuned.found("triton", 0, m, 64, 32)) == int8_mm.Config(64, 128, 128, 8, 3)
     assert hopper.Tile(*tuned.found("hopper", 0, 1, 64, 32, plain=False)) == hopper.SMALL
     assert int8_mm.chosen.__wrapped__(0, 1, 100, 64, 32, True) == int8_mm.Config(64, 128, 128, 8, 3)
-    monkeypatch.setattr(int8_mm, "_major", lambda device: 8)
+    monkeypatch.setattr(int8_mm, "major_of", lambda device: 8)
     assert int8_mm.chosen.__wrapped__(0, 2, 100, 64, 32, True) == int8_mm.config_of(100, 8)  # a batch has no entry
     for problem in ((64, 64, 32), (129, 64, 32), (100, 65, 32), (100, 64, 33)):
         assert tuned.found("triton", 0, *problem) is None

@@ -115,9 +115,10 @@ def activation_rows(
         for i in range(outputs)
     ]
     strides = (g.stride(0), g.stride(-2), d.stride(0), d.stride(-2), both.stride(-2))
+    seeds = g if seed is None else seed.contiguous()
     key = (device.index, g.dtype, shape, strides, kind, gated, backward, codes, values, seed is None,
-           (g.data_ptr() | u.data_ptr() | d.data_ptr() | made[-1][2].data_ptr()) % 16)  # fmt: skip
-    args = (g, u, d, *made[0], *made[-1], g if seed is None else seed.contiguous(), m, n, *strides)
+           (g.data_ptr() | u.data_ptr() | d.data_ptr() | made[-1][2].data_ptr() | seeds.data_ptr()) % 16)  # fmt: skip
+    args = (g, u, d, *made[0], *made[-1], seeds, m, n, *strides)
     with on(device):
         if _launch.known(key):
             _launch.again(key, (m, batch, 1), args)

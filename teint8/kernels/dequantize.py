@@ -23,11 +23,14 @@ _launch = Launch(_dequantize_kernel)
 
 
 def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """(M, K) floats from int8 codes (M, K), whose rows are dense, and float32 scales (M,)."""
+    """(M, K) floats from int8 codes (M, K), any strides, and float32 scales (M,)."""
     m, k = codes.shape
-    y = torch.empty((m, k), dtype=dtype, device=codes.device)
+    codes = codes if codes.stride(1) == 1 else codes.contiguous()
+    # the interpreter's cast to bfloat16 does not round
+    inner = torch.float32 if not codes.is_cuda else dtype
+    y = torch.empty((m, k), dtype=inner, device=codes.device)
     key = (codes.device.index, m, k, codes.stride(0), scale.stride(0), dtype, (codes.data_ptr() | scale.data_ptr()) % 16)
     with on(codes.device):
         _launch(key, (triton.cdiv(m, 16), triton.cdiv(k, 512), 1), (codes, scale, y, m, k, codes.stride(0), scale.stride(0)),
                 (16, 512), num_warps=4, enable_fp_fusion=False)  # fmt: skip
-    return y
+    return y.to(dtype)

@@ -30,7 +30,8 @@ def finish(sums: Tensor, xs: Tensor, ws: Tensor, bias: Tensor | None, y: Tensor)
     """y (M, N) from int32 parts of sums (S, M, N), scales (M,) and (N,), bias (N,) or None."""
     parts, m, n = sums.shape
     b = ws if bias is None else bias.contiguous()
-    key = (sums.device.index, parts, m, n, xs.stride(0), ws.stride(0), None if bias is None else b.dtype, y.dtype, b.data_ptr() % 16)
+    key = (sums.device.index, parts, m, n, xs.stride(0), ws.stride(0), None if bias is None else b.dtype, y.dtype,
+           tuple(t.data_ptr() % 16 == 0 for t in (sums, xs, ws, b, y)))  # fmt: skip
     with on(sums.device):
         _launch(key, (-(-n // 512), m, 1), (sums, xs, ws, b, y, m, n, xs.stride(0), ws.stride(0)),
                 (parts, bias is not None, 512), num_warps=2, enable_fp_fusion=False)  # fmt: skip

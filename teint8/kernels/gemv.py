@@ -205,6 +205,7 @@ def gemv(
     device = x.device
     if xs is None and (x.stride(1) != 1 or x.dtype == torch.float64):
         x = x.float().contiguous()
+    xs = None if xs is None else xs.contiguous()  # one scale of a whole tensor comes with a stride of 0
     uq, us, ub = up or (wq, ws, None)
     act_dtype = torch.float32 if dtype == torch.float64 else dtype
     inner = torch.float32 if INTERPRETING else act_dtype

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from teint8.kernels.int8_mm import Config, config_of
+from teint8.kernels.int8_mm import Config, config_of, major_of
 from teint8.kernels.launch import Launch, on
 from teint8.numerics import MAX_INT32_K
 
@@ -22,8 +22,10 @@ def _grouped_mm_kernel(
     tile = tl.program_id(0) // tiles_n
     columns = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
     groups = tl.arange(0, MOST_GROUPS)
-    ends = tl.load(ends_ptr + groups, mask=groups < GROUPS, other=M).to(tl.int32)
-    starts = tl.load(ends_ptr + groups - 1, mask=(groups > 0) & (groups <= GROUPS), other=0).to(tl.int32)
+    # what a group would have beyond the last row it does not have: nobody asked the GPU whether the ends are right
+    ends = tl.minimum(tl.maximum(tl.load(ends_ptr + groups, mask=groups < GROUPS, other=M), 0), M).to(tl.int32)
+    starts = tl.load(ends_ptr + groups - 1, mask=(groups > 0) & (groups <= GROUPS), other=0)
+    starts = tl.minimum(tl.maximum(starts, 0), M).to(tl.int32)
     starts = tl.where(groups > GROUPS, M, starts)
     tiles = (tl.maximum(ends - starts, 0) + BLOCK_M - 1) // BLOCK_M
     up_to = tl.cumsum(tiles, 0)
@@ -82,7 +84,7 @@ def grouped_mm(
     wq = wq if wq.stride(2) == 1 else wq.contiguous()
     ends = ends.contiguous()
     # groups are as long as rows are many, in the mean
-    c = config or config_of(-(-m // groups))
+    c = config or config_of(-(-m // groups), major_of(xq.device.index))
     inner = torch.float32 if dtype == torch.float64 or not xq.is_cuda else dtype
     y = torch.empty((m, n), dtype=inner, device=xq.device)
     strides = (xq.stride(0), wq.stride(0), wq.stride(1), xs.stride(0), ws.stride(0), ws.stride(1))

@@ -174,11 +174,17 @@ def int8_mm(
     y = torch.empty((*two, *shape[:-1], wq.shape[-2]), dtype=inner, device=device)
     uq, us, ub = (wq, ws, bias) if up is None else (_aligned(up[0]), *up[1:])
     b = y if bias is None else bias
+    if up is not None and not fit_for_one(ws, us, bias, ub):
+        raise ValueError("hopper: two weights in one launch need scales of the same strides, and biases of the same strides and dtype")
     r = y if residual is None else residual if residual.stride(-1) == 1 else residual.contiguous()
-    alignment = (xs.data_ptr() | ws.data_ptr() | b.data_ptr() | r.data_ptr()) % 16
+    others = (xs, ws, b, r) if up is None else (xs, ws, b, r, us, b if ub is None else ub)
+    alignment = 0
+    for t in others:
+        alignment |= t.data_ptr()
+    alignment %= 16
     key = (device.index, shape, y.shape, inner, tile, split, xs.stride(), ws.stride(), None if bias is None else (b.dtype, b.stride()),
            None if residual is None else (r.dtype, r.stride()),
-           alignment and tuple(t.data_ptr() % 16 == 0 for t in (xs, ws, b, r)))  # fmt: skip
+           alignment and tuple(t.data_ptr() % 16 == 0 for t in others))  # fmt: skip
     plan = _plans.get(key)
     if plan is None:
         if len(_plans) >= 4096:
@@ -205,6 +211,13 @@ def int8_mm(
     if plan.split > 1:
         finish(out, xs.view(-1), ws.view(-1), None if bias is None else bias.view(-1), y.view(m, n))
     return y if inner == dtype else y.to(dtype)
+
+
+def fit_for_one(ws: Tensor, us: Tensor, bias: Tensor | None, up_bias: Tensor | None) -> bool:
+    """Whether the scales and biases of two weights are alike, as one launch takes them."""
+    if bias is None or up_bias is None:
+        return bias is up_bias and ws.stride() == us.stride()
+    return ws.stride() == us.stride() and bias.stride() == up_bias.stride() and bias.dtype == up_bias.dtype
 
 
 def _planned(

@@ -45,11 +45,11 @@ def chosen(device: int | None, batch: int, m: int, n: int, k: int, plain: bool) 
     from teint8.kernels import tuned  # imports this file
 
     known = tuned.found("triton", device, m, n, k, plain) if batch == 1 else None
-    return Config(*known) if known else config_of(m, _major(device))
+    return Config(*known) if known else config_of(m, major_of(device))
 
 
 @functools.cache
-def _major(device: int | None) -> int:
+def major_of(device: int | None) -> int:
     """The compute capability's first number; for the interpreter Hopper's tiles do."""
     return 9 if device is None else torch.cuda.get_device_capability(device)[0]
 

@@ -171,9 +171,10 @@ def quantize(x: Tensor, seed: Tensor | None, scale: Tensor | None, pair: Tensor 
     block_m = min(block_m, triton.next_power_of_2(m))
     stride, per_seed = x.stride(0), 1 if seed is None else m // seed.numel()
     step = 0 if pair is None else between(x, pair)
-    key = (device.index, x.dtype, m, k, stride, per_seed, seed is None, scale is None, count, x.data_ptr() % 16, kind_of(step))
-    args = (x, codes, scales, codes if seed is None else seed.contiguous(), scales if scale is None else scale.contiguous(),
-            m, k, step, stride, per_seed)  # fmt: skip
+    seeds, given = codes if seed is None else seed.contiguous(), scales if scale is None else scale.contiguous()
+    key = (device.index, x.dtype, m, k, stride, per_seed, seed is None, scale is None, count, kind_of(step), x.data_ptr() % 16 == 0,
+           (seeds.data_ptr() | given.data_ptr()) % 16 == 0)  # fmt: skip
+    args = (x, codes, scales, seeds, given, m, k, step, stride, per_seed)
     with on(device):
         _launch(key, (triton.cdiv(m, block_m), count, 1), args, (seed is not None, scale is not None, block_m, block_k, k <= block_k),
                 num_warps=min(max(block_m * block_k // 1024, 1), 4), enable_fp_fusion=False)  # fmt: skip

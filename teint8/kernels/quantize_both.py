@@ -146,8 +146,9 @@ def quantize_both(
         pair = alike(pair, g)
         step = between(g, pair)
     strides = (step, g.stride(-2), d.stride(0), d.stride(-2))
+    seed = None if seed is None else seed.contiguous()
     key = (device.index, g.dtype, shape, kind_of(step), strides[1:], kind, gated, backward, value, seed is None, blocks,
-           (g.data_ptr() | u.data_ptr() | d.data_ptr()) % 16)  # fmt: skip
+           (g.data_ptr() | u.data_ptr() | d.data_ptr() | (0 if seed is None else seed.data_ptr())) % 16)  # fmt: skip
     plan = _plans.get(key)
     if plan is None:
         if len(_plans) >= 4096:
@@ -159,9 +160,9 @@ def quantize_both(
     codes = _pieces(outputs, (*lead, m, n), device)
     tcodes = _pieces(sides, (*lead, n, m), device)
     with on(device), Zeros(count + batch * (grid[0] + grid[1]), device) as tops:
-        first = (g, u, d, tops, scales, scales if seed is None else seed.contiguous(), m, n, count, *strides)
+        first = (g, u, d, tops, scales, scales if seed is None else seed, m, n, count, *strides)
         second = (g, u, d, scales, codes[0], tcodes[0], codes[-1], tcodes[outputs - 1], tcodes[-1], m, n, count, *strides, *out_strides)
-        if _both.known(key):
+        if _both.known(key) and _absmax.known(key):
             _absmax.again(key, grid, first)
             _both.again(key, code_grid, second)
         else:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from teint8._torch import dispatched
 from teint8.kernels.launch import current_stream
 
 _LEAST, _MOST = 2**16, 2**22
@@ -16,6 +17,7 @@ class Zeros:
 
     They are held for the next kernels of that stream; taken out while in use, so that another thread gets its own, and not put back
     after an error, which may have left anything in them. A graph that is captured gets its own too: it may be replayed on any stream.
+    So does an op that the dispatcher runs: what torch.compile allocates while it warms up a CUDA graph belongs to that graph.
 
     Args:
         count: how many are needed. device: where.
@@ -27,7 +29,7 @@ class Zeros:
         self.key: tuple[int | None, int] | None = None
 
     def __enter__(self) -> Tensor:
-        if self.device.type != "cuda" or self.count > _MOST or torch.cuda.is_current_stream_capturing():
+        if self.device.type != "cuda" or self.count > _MOST or dispatched.active or torch.cuda.is_current_stream_capturing():
             return torch.zeros(self.count, dtype=torch.int32, device=self.device)
         index: Any = self.device.index
         self.key = (index, current_stream(index))

@@ -137,13 +137,13 @@ def _few_mlp(x: Tensor, gate: Any, up: Any, down: Any, biases: Any, kind: str) -
 
 
 def _hopper_mlp(x: Tensor, gate: Any, up: Any, down: Any, biases: Any, kind: str) -> Tensor:
-    """An MLP of up to 64 rows on Hopper: gate and up in one launch, unless one of both alone has a bias."""
+    """An MLP of up to 64 rows on Hopper: gate and up in one launch, where their scales and biases are alike."""
     from teint8.kernels import hopper
     from teint8.kernels.activation_rows import activation_rows
 
     bg, bu, bd = (None if t is None else t.detach() for t in biases)
     xq, xs = _quantize(x, None, None)
-    if up is not None and (bg is None) == (bu is None):
+    if up is not None and hopper.fit_for_one(gate[1], up[1], bg, bu):
         g, u = hopper.int8_mm(xq, xs, gate[0], gate[1], bg, x.dtype, up=(*up, bu))
     else:
         g = hopper.int8_mm(xq, xs, gate[0], gate[1], bg, x.dtype)
@@ -196,11 +196,12 @@ def tune_new(sizes: list[tuple[int, int, int]]) -> None:
     from teint8.kernels import tuned
 
     device = torch.cuda.current_device()
-    for m, n, k in sizes:
-        if tuned.found("triton", device, m, n, k) is None:
-            problem = Problem("cuda", torch.bfloat16, 1, m, n, k)
-            tuned.tune(m, n, k, None if _cublas_why_not(problem) else _cublas, report=lambda line: None)
-    registry.choose_anew()
+    new = [size for size in sizes if tuned.found("triton", device, *size) is None]
+    for m, n, k in new:
+        problem = Problem("cuda", torch.bfloat16, 1, m, n, k)
+        tuned.tune(m, n, k, None if _cublas_why_not(problem) else _cublas, report=lambda line: None)
+    if new:
+        registry.choose_anew()
 
 
 _WIDEST_NORM = 16384
@@ -237,7 +238,28 @@ def _hopper_why_not(problem: Problem) -> str | None:
 
 
 def _hopper_mlp_why_not(problem: Problem) -> str | None:
-    return f"M is {problem.m}; it is for up to 64 rows" if problem.m > 64 else _hopper_why_not(problem)
+    return f"M is {problem.m}; it is for up to 64 rows" if problem.m > 64 else _mlp_why_not(problem) or _hopper_why_not(problem)
+
+
+def _few_mlp_why_not(problem: Problem) -> str | None:
+    return _mlp_why_not(problem) or _fewest_why_not(problem)
+
+
+def _mlp_why_not(problem: Problem) -> str | None:
+    """An MLP's features in between, which are contracted too."""
+    if not 0 < problem.n <= MAX_INT32_K:
+        return f"N is {problem.n}; its int32 sums hold 1 to {MAX_INT32_K} features in between"
+    return None
+
+
+_MOST_TILES = 65535  # of the second and third dimension of a grid
+
+
+def _both_why_not(problem: Problem) -> str | None:
+    """Beyond what a grid holds, each orientation is quantized on its own."""
+    if problem.m > 32 * _MOST_TILES or problem.batch > _MOST_TILES:
+        return f"M is {problem.m}, in a batch of {problem.batch}; a grid holds {32 * _MOST_TILES} rows, and a batch of {_MOST_TILES}"
+    return why_not_triton() if problem.device == "cuda" else _interpreter_why_not(problem)
 
 
 def _few_mm_why_not(problem: Problem) -> str | None:
@@ -296,8 +318,10 @@ def register_all() -> None:
         ("quantize", _quantize), ("int8_mm", _int8_mm), ("quantize_both", _quantize_both), ("activation", _activation),
     ):  # fmt: skip
         pairs = op in ("quantize", "quantize_both")
-        register(op, "triton", run, device="cuda", priority=20, why_not=_why_not, pairs=pairs)
-        register(op, "triton-interpreter", run, device="cpu", priority=-1, why_not=_interpreter_why_not, pairs=pairs)
+        both = op in ("quantize_both", "activation")
+        register(op, "triton", run, device="cuda", priority=20, why_not=_both_why_not if both else _why_not, pairs=pairs)
+        why_not = _both_why_not if both else _interpreter_why_not
+        register(op, "triton-interpreter", run, device="cpu", priority=-1, why_not=why_not, pairs=pairs)
     register("grouped_mm", "triton", _grouped_mm, device="cuda", priority=20, why_not=_why_not)
     register("grouped_mm", "triton-interpreter", _grouped_mm, device="cpu", priority=-1, why_not=_interpreter_why_not)
     register("norm", "triton", _norm, device="cuda", priority=20, why_not=_norm_why_not)
@@ -305,4 +329,4 @@ def register_all() -> None:
     register("linear", "triton", _linear, device="cuda", priority=20, why_not=_why_not)
     register("linear", "triton-gemv", _few, device="cuda", priority=30, why_not=_few_why_not)
     register("mlp", "triton-hopper", _hopper_mlp, device="cuda", priority=25, why_not=_hopper_mlp_why_not)
-    register("mlp", "triton-gemv", _few_mlp, device="cuda", priority=30, why_not=_fewest_why_not)
+    register("mlp", "triton-gemv", _few_mlp, device="cuda", priority=30, why_not=_few_mlp_why_not)

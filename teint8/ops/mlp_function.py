@@ -196,7 +196,7 @@ class _Back(NamedTuple):
 
 def infer(x: Tensor, gate: Codes, up: Codes | None, down: Codes, biases: tuple[Tensor | None, ...], how: How) -> Tensor:
     """The values alone, from codes of weights."""
-    if not how.impl and x.numel() > 0 and direct(x, *gate, *down, *biases):
+    if not how.impl and x.numel() > 0 and direct(x, *gate, *(up or ()), *down, *biases):
         n, k = gate[0].shape
         whole = registry.best("mlp", Problem(x.device.type, x.dtype, 1, x.shape[0], n, k))
         y: Tensor | None = None if whole is None else whole.run(x, gate, up, down, biases, how.kind)

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from teint8 import _torch
 from teint8.ops import raw, registry
 from teint8.ops.registry import Problem
 
@@ -194,12 +195,15 @@ def _at_16(t: Tensor) -> Tensor:
 
 
 def _quantize_both_op(x: Tensor, seed: Tensor | None, impl: str) -> Codes:
-    q, s, tq, ts = _quantize_both(x, seed, impl)
+    with _torch.by_dispatcher():
+        q, s, tq, ts = _quantize_both(x, seed, impl)
     return _at_16(q), _at_16(s), _at_16(tq), _at_16(ts)
 
 
 def _activation_op(*args: Any) -> list[Tensor]:
-    return [_at_16(t if t.dtype == torch.int8 else t.contiguous()) for t in _activation(*args)]
+    with _torch.by_dispatcher():
+        out = _activation(*args)
+    return [_at_16(t if t.dtype == torch.int8 else t.contiguous()) for t in out]
 
 
 _library.impl("quantize_both", _quantize_both_op, "CompositeExplicitAutograd")

@@ -24,11 +24,14 @@ class Shared:
     """The codes of the last few activations, for as long as each is the same tensor, unedited.
 
     It belongs to one call of a quantized function, or to one context: edits that leave no version (a replayed CUDA graph that writes
-    to its static buffers) must not happen in between.
+    to its static buffers) must not happen in between. What is made while a CUDA graph is captured is for that graph, and what is made
+    on one stream for that stream.
     """
 
     def __init__(self) -> None:
         self._entries: tuple[_Entry, ...] = ()
+        self._capturing = False
+        self._aliased: tuple[weakref.ref[Tensor], ...] = ()
 
     def codes(self, x: Tensor, how: tuple[Any, ...], quantize: Callable[[], Codes]) -> Codes:
         """The codes of x that were made in the same way, else those that ``quantize`` makes."""
@@ -37,8 +40,12 @@ class Shared:
         if _torch.is_compiling():  # a graph is traced: tensors have versions, but no address
             place: tuple[Any, ...] = (x._version,)
         elif _torch.is_plain(x) and _torch.no_dispatch_modes():
-            place = (x._version, x.data_ptr(), x.shape, x.stride())
+            place = (x._version, x.data_ptr(), x.shape, x.stride(), _torch.stream_of(x.device))
+            if x.is_cuda and self._capturing != _torch.is_capturing(x):
+                self._entries, self._capturing = (), not self._capturing
         else:
+            return quantize()
+        if any(ref() is x for ref in self._aliased):
             return quantize()
         alive = [entry for entry in self._entries if entry.tensor() is not None]
         for entry in alive:
@@ -49,6 +56,11 @@ class Shared:
         self._entries = (_Entry(weakref.ref(x), place, how, made), *alive[: _LIMIT - 1])
         return made
 
+    def forget(self, x: Tensor) -> None:
+        """Keep no codes of x any more: it has an alias whose edits leave no version (``x.data``)."""
+        self._entries = tuple(entry for entry in self._entries if entry.tensor() is not x)
+        self._aliased = (*(ref for ref in self._aliased if ref() is not None), weakref.ref(x))
+
     def clear(self) -> None:
         """Forget them."""
-        self._entries = ()
+        self._entries, self._aliased = (), ()

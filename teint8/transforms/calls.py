@@ -273,6 +273,13 @@ def _cell(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
     return CELLS[func](project, plain[0], plain[1], w_ih, w_hh, *plain[2:])
 
 
+def _data(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
+    """``x.data``: it is an alias whose edits leave no version."""
+    if route.shared is not None:
+        route.shared.forget(args[0])
+    return route.other(func, args, kwargs)
+
+
 def _stays_float(op: str, reason: str) -> Callable[[Route, Any, Any, Any], Any]:
     """A call that may multiply by a weight and is not taken over: it stays float, and the receipt says so."""
 
@@ -334,6 +341,7 @@ HANDLERS: dict[Any, Callable[[Route, Any, Any, Any], Any]] = {
     Tensor.inner: _inner,
     **dict.fromkeys(CELLS, _cell),
     **FLOAT_ONLY,
+    Tensor.data.__get__: _data,  # type: ignore[attr-defined]
 }
 
 

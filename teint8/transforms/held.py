@@ -19,12 +19,45 @@ from teint8.qtensor import QTensor
 from teint8.transforms.pack import pack_weight
 
 
-class Entry(NamedTuple):
-    """A packed form of a weight: what the weight was when it was packed, a weak reference to its storage, the codes."""
+class Entry:
+    """A packed form of a weight.
 
-    place: tuple[Any, ...]
-    storage: Any
-    packed: QTensor
+    Attributes:
+        place: what the weight was when it was packed. storage: a weak reference to its memory. packed: its codes.
+        valid: False once an optimizer stepped the weight, or the cache was cleared.
+
+    """
+
+    __slots__ = ("__weakref__", "_event", "_streams", "packed", "place", "storage", "valid")
+
+    def __init__(self, place: tuple[Any, ...], weight: Tensor, packed: QTensor) -> None:
+        self.place, self.storage, self.packed, self.valid = place, _torch.storage_ref(weight), packed, True
+        self._streams = {_torch.stream_of(weight.device)}
+        self._event = torch.cuda.current_stream(weight.device).record_event() if weight.is_cuda else None
+
+    def is_of(self, weight: Tensor) -> bool:
+        """Whether the weight is as it was packed, in a few checks; its shape, strides and dtype are left to others."""
+        place = self.place
+        same = self.valid and weight._version == place[0] and weight.data_ptr() == place[1]
+        return same and not self.storage.expired()
+
+    def use(self, weight: Tensor) -> QTensor:
+        """The codes for what the current stream does next; a CUDA graph that is being captured keeps them as long as the weight lives."""
+        if self._event is None:
+            return self.packed
+        stream = _torch.stream_of(weight.device)
+        if torch.cuda.is_current_stream_capturing():
+            # torch.cuda.graph waits for all that was done before, so that there is no event to wait for
+            with _lock:
+                kept = _captured.setdefault(weight, [])
+                kept += [] if any(packed is self.packed for packed in kept) else [self.packed]
+        elif stream not in self._streams:
+            current = torch.cuda.current_stream(weight.device)
+            current.wait_event(self._event)
+            for t in (self.packed.codes, self.packed.scale):
+                t.record_stream(current)
+            self._streams.add(stream)
+        return self.packed
 
 
 class Plan(NamedTuple):
@@ -53,9 +86,7 @@ class Quick:
         """Whether these are the tensors that were met, and the weight is as it was packed."""
         if self.weight() is not weight or bias is not (None if self.bias is None else self.bias()):
             return False
-        place, entry = self.entry.place, self.held.packed.get((-1, "row"))
-        same = weight._version == place[1] and weight.data_ptr() == place[2] and weight.shape == place[3]
-        return same and entry is self.entry and not entry.storage.expired() and self.held.place(weight) == place
+        return self.entry.is_of(weight) and self.held.place(weight) == self.entry.place
 
 
 class Held:
@@ -71,21 +102,38 @@ class Held:
 
     def place(self, weight: Tensor) -> tuple[Any, ...]:
         """What changes when the weight does: the version counts in-place edits; address and layout tell .to() and .data = ..."""
-        return self.steps, weight._version, weight.data_ptr(), weight.shape, weight.stride(), weight.dtype
+        return weight._version, weight.data_ptr(), weight.shape, weight.stride(), weight.dtype, self.steps
 
-    def get(self, weight: Tensor, axis: int, granularity: str) -> QTensor:
-        """The packed weight: the one that is held while the weight is what was packed, in every way, else a new one."""
+    def entry(self, weight: Tensor, axis: int, granularity: str) -> Entry:
+        """A packed form: the one that is held while the weight is what was packed, in every way, else a new one.
+
+        While a CUDA graph is captured a new one becomes part of it, made anew at each replay, and is held for nobody else.
+        """
         place = self.place(weight)
         entry = self.packed.get((axis, granularity))
-        if entry is None or entry.place != place or entry.storage.expired():
+        if entry is None or entry.place != place or not entry.is_of(weight):
             with torch.inference_mode(False):
                 made = pack_weight(weight, axis, granularity)
-            entry = self.packed[axis, granularity] = Entry(place, _torch.storage_ref(weight), made)
+            if _torch.is_capturing(weight):
+                return Entry(place, weight, made)
+            entry = self.packed[axis, granularity] = Entry(place, weight, made)
             follow_optimizers()
-        return entry.packed
+        return entry
+
+    def get(self, weight: Tensor, axis: int, granularity: str) -> QTensor:
+        """The packed weight of ``entry``."""
+        return self.entry(weight, axis, granularity).use(weight)
+
+    def drop(self) -> None:
+        """Forget the packed forms, also where somebody else holds on to one."""
+        for entry in list(self.packed.values()):
+            entry.valid = False
+        self.packed.clear()
+        self.steps += 1
 
 
 _held = WeakTensorKeyDictionary()
+_captured = WeakTensorKeyDictionary()  # by weight, codes that CUDA graphs read
 _lock = threading.Lock()
 
 
@@ -101,28 +149,25 @@ def held_of(weight: Tensor) -> Held:
 class Follower:
     """A packed form of what fills one place of a compiled graph, met at every call: of a weight that did not change in a few checks.
 
-    Shapes, strides and dtypes are not among them: the guards of the graph hold those.
+    Shapes, strides and dtypes are not among them: the guards of the graph hold those. Nothing is kept alive.
     """
 
     __slots__ = ("_last", "axis", "granularity")
 
     def __init__(self, axis: int, granularity: str) -> None:
         self.axis, self.granularity = axis, granularity
-        self._last: tuple[weakref.ref[Tensor], Held, Entry] | None = None  # replaced as a whole: threads may share it
+        self._last: tuple[weakref.ref[Tensor], weakref.ref[Entry]] | None = None  # replaced as a whole: threads may share it
 
     def get(self, weight: Tensor) -> QTensor:
         """The packed weight, as ``Held.get`` gives it."""
         last = self._last
         if last is not None and last[0]() is weight:
-            _, held, entry = last
-            steps, version, address, *_ = entry.place
-            same = held.steps == steps and weight._version == version and weight.data_ptr() == address
-            if same and held.packed.get((self.axis, self.granularity)) is entry and not entry.storage.expired():
-                return entry.packed
-        held = held_of(weight)
-        packed = held.get(weight, self.axis, self.granularity)
-        self._last = weakref.ref(weight), held, held.packed[self.axis, self.granularity]
-        return packed
+            entry = last[1]()
+            if entry is not None and entry.is_of(weight):
+                return entry.use(weight)
+        entry = held_of(weight).entry(weight, self.axis, self.granularity)
+        self._last = weakref.ref(weight), weakref.ref(entry)
+        return entry.use(weight)
 
 
 def all_entries() -> list[Entry]:
@@ -135,8 +180,7 @@ def forget_all() -> None:
     """Forget every weight, also where a context that is entered again remembers it."""
     with _lock:
         for held in list(_held.values()):
-            held.packed.clear()
-            held.steps += 1
+            held.drop()
         _held.clear()
 
 
@@ -149,7 +193,6 @@ def follow_optimizers() -> None:
             for parameter in group["params"]:
                 held = _held.get(parameter)
                 if held is not None:
-                    held.packed.clear()
-                    held.steps += 1
+                    held.drop()
 
     register_optimizer_step_post_hook(drop)
