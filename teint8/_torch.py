@@ -286,7 +286,7 @@ UNKNOWN = 4096
 
 
 class Writes(TorchDispatchMode):
-    """Notes the memory that calls write to; functions that take functions (cond, a Triton kernel) may write to all that they are given."""
+    """Notes the memory that calls write to; what takes functions or kernels may write to all that it is given."""
 
     supports_higher_order_operators = True
 

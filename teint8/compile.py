@@ -60,8 +60,8 @@ def backend(gm: fx.GraphModule, inputs: Sequence[Any], *, mode: str | None = Non
     another becomes part of that function, and runs as that backend has it.
 
     Raises:
-        TypeError: an option of another type. ValueError: strict, and a call cannot run in INT8, or no parameter of the module has the path of a
-            rule.
+        TypeError: an option of another type. ValueError: strict, and a call cannot run in INT8, or no parameter of the module has
+            the path of a rule.
 
     Example:
         >>> model = torch.nn.Linear(64, 10)
@@ -246,7 +246,7 @@ class _Program:
             return _Interpreter(self.gm, route, self.weights, constant).run(*args), route
 
     def renamed(self, paths: dict[int, str]) -> "_Program":
-        """This program with other paths for some of its inputs."""
+        """The same program with other paths for some of its inputs."""
         other = copy.copy(self)
         other.weights = {node: (i, paths.get(i, path)) for node, (i, path) in self.weights.items()}
         return other
@@ -337,5 +337,3 @@ def _item(values: Any, index: int) -> Any:
 
 def _output(gm: fx.GraphModule) -> fx.Node:
     return next(n for n in reversed(gm.graph.nodes) if n.op == "output")  # type: ignore[no-any-return]
-
-

@@ -79,15 +79,15 @@ def core(name: str, arch: int, kernel, constants: dict, overrides: dict | None =
 
 
 def gluon(name: str, tile: hopper.Tile, tma: bool, split: int = 1, two: bool = False, added: bool = False,
-          even: bool = False) -> None:  # fmt: skip
-    """``added``: with a bias and a residual."""
+          even: bool = False, rows: int = 64) -> None:  # fmt: skip
+    """``added``: with a bias and a residual; ``rows``: how many of x are read."""
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource
 
     kernel = hopper.kernel()
     part = min(64, tile.block_n)
     of_codes, of_values = (gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=bits, rank=2) for bits in (8, 16))
-    x, w = f"tensordesc<i8[64, 128],{of_codes!r}>", f"tensordesc<i8[{tile.block_n}, 128],{of_codes!r}>"
+    x, w = f"tensordesc<i8[{rows}, 128],{of_codes!r}>", f"tensordesc<i8[{tile.block_n}, 128],{of_codes!r}>"
     y = f"tensordesc<bf16[64, {part}],{of_values!r}>" if tma else x
     constants = dict(
         PROGRAMS=132, CONSUMERS=tile.consumers, GROUP=tile.group, STAGES=tile.stages, PART=part, BUFFERS=tile.buffers,
@@ -111,8 +111,18 @@ def kernels(arch: int) -> None:
         grouped = dict(EVEN_K=True, WIDE=False, WIDE_EVERY=1024, MOST_GROUPS=16, **sizes)
         core(f"grouped_mm {tuple(c)}", arch, grouped_mm._grouped_mm_kernel, grouped, {"x_ptr": "*i8", "ends_ptr": "*i32"},
              num_warps=c.warps, num_stages=c.stages)  # fmt: skip
+    for m in (16, 32, 4096):
+        c = int8_mm.config_of(m, arch // 10, int8_mm.MAX_INT32_K + 1)
+        sizes = dict(WIDE=True, WIDE_EVERY=1024, EVEN_K=False, BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k)
+        for kernel, name, more, pointers in (
+            (int8_mm._int8_mm_kernel, "int8_mm", dict(HAS_BIAS=True, GROUP=8), {"x_ptr": "*i8"}),
+            (grouped_mm._grouped_mm_kernel, "grouped_mm", dict(MOST_GROUPS=16), {"x_ptr": "*i8", "ends_ptr": "*i32"}),
+        ):
+            core(f"{name} long {tuple(c)}", arch, kernel, {**sizes, **more}, pointers, num_warps=c.warps, num_stages=c.stages)
     rows = dict(STOCHASTIC=False, STATIC=False, BLOCK_M=1, BLOCK_K=16384, ONE_BLOCK=True)
     core("quantize", arch, quantize._quantize_kernel, rows, num_warps=4)
+    core("quantize stochastic", arch, quantize._quantize_kernel, {**rows, "STOCHASTIC": True}, num_warps=4)
+    core("quantize static", arch, quantize._quantize_kernel, {**rows, "STATIC": True}, num_warps=4)
     for kind, backward, value, blocks in (
         ("", False, False, quantize_both.PLAIN),
         ("silu", False, False, quantize_both.FORWARD),
@@ -124,22 +134,23 @@ def kernels(arch: int) -> None:
         cm, cn, code_warps = blocks.codes
         for stochastic in (False, True):
             absmax = dict(**how, STOCHASTIC=stochastic, BLOCK_M=bm, BLOCK_N=bn, SPAN=span, STAGES=stages)
-            core(f"absmax {kind} {backward} {stochastic}", arch, quantize_both_kernels._absmax_kernel, absmax, num_warps=warps)
+            core(f"absmax {kind} {backward} {value} {stochastic}", arch, quantize_both_kernels._absmax_kernel, absmax, num_warps=warps)
             both = dict(**how, STOCHASTIC=stochastic, BLOCK_M=cm, BLOCK_N=cn)
-            core(f"both {kind} {backward} {stochastic}", arch, quantize_both_kernels._both_kernel, both, num_warps=code_warps)
+            core(f"both {kind} {backward} {value} {stochastic}", arch, quantize_both_kernels._both_kernel, both, num_warps=code_warps)
     for backward, codes in ((False, True), (True, True), (True, False)):
         block, warps = activation_rows.FOR_CODES if codes else activation_rows.FOR_VALUES
         how = dict(KIND="silu", GATED=True, BACKWARD=backward, OUTPUTS=1 + backward, CODES=codes, VALUES=backward, STOCHASTIC=False)
         act = dict(**how, BLOCK=block, ONE_BLOCK=codes)
         core(f"activation_rows {backward} {codes}", arch, activation_rows._activation_rows_kernel, act, num_warps=warps)
-    for m, config in ((1, gemv.GATED), (4, gemv.GATED), (1, gemv.ONE)):
+    gemvs = ((1, gemv.GATED, False), (4, gemv.GATED, False), (1, gemv.ONE, True), (1, gemv.ONE, False), (4, gemv.ONE, False))
+    for m, config, floats in gemvs:
         gated = config is gemv.GATED
         constants = dict(
             ROWS=m, DTYPE=triton.language.bfloat16, BIAS=False, UP_BIAS=False, GATED=gated, KIND="silu" if gated else "", EVEN=True,
-            QUANTIZE=not gated, BLOCK_N=config[0], BLOCK_K=config[1], STAGES=config[3],
+            QUANTIZE=floats, BLOCK_N=config[0], BLOCK_K=config[1], STAGES=config[3],
         )  # fmt: skip
-        x = "*i8" if gated else "*bf16"
-        core(f"gemv {m} {config}", arch, gemv._gemv_kernel, constants, {"x_ptr": x}, num_warps=config[2])
+        x = "*bf16" if floats else "*i8"
+        core(f"gemv {m} {config} {floats}", arch, gemv._gemv_kernel, constants, {"x_ptr": x}, num_warps=config[2])
     norms = dict(
         LAYER=True, RESIDUAL=True, WEIGHT=True, BIAS=True, VALUES=False, CODES=True, DTYPE=triton.language.bfloat16, BLOCK=16384
     )
@@ -163,5 +174,8 @@ if __name__ == "__main__":
                     gluon(f"hopper {name} without TMA stores", tile, tma=False)
             for tile in {tile for tile, _ in (*hopper.RATES, *hopper.FEW) if tile is not hopper.HUGE}:
                 gluon(f"hopper {tile} with a bias and a residual", tile, tma=tile.block_n >= 64, added=True)
+            for rows in (16, 32):
+                for name in ("tiny", "small"):
+                    gluon(f"hopper {name} of {rows} rows", hopper.TILES[name], False, rows=rows)
             gluon("hopper split", hopper.SMALL, False, split=2)
             gluon("hopper two", hopper.TINY, False, two=True)

@@ -99,13 +99,35 @@ def check(case: Case, device: str, names: tuple[str, ...]) -> None:
     operands = (xq, xs, wq, ws, bias)
     if case.batch == 1 and case.seed % 2:  # without the batch dimension too
         operands = tuple(None if t is None else t[0] for t in operands)
-    want = ops.int8_mm(*operands, case.dtype, "reference")
-    for name in _usable("int8_mm", names, case, device):
-        got = ops.int8_mm(*(None if t is None else t.to(device) for t in operands), case.dtype, name)
-        assert different(got, want) == 0, (name, case)
+    for given in (operands, _as_views(operands)):
+        want = ops.int8_mm(*given, case.dtype, "reference")
+        for name in _usable("int8_mm", names, case, device):
+            got = ops.int8_mm(*_moved(given, device), case.dtype, name)
+            assert different(got, want) == 0, (name, case, given is operands)
     if case.batch == 1 and "reference" not in names:
         got = ops.linear(*(None if t is None else t[0].to(device) for t in (x, w, bias)))
         assert different(got, ops.linear(*(None if t is None else t[0] for t in (x, w, bias)), impl="reference")) == 0, case
+
+
+def _as_views(operands: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """The operands with one scale for all rows of x, as a whole tensor's is; the weight's scales and the bias from among others."""
+    xq, xs, wq, ws, bias = operands
+    every_other = [None if t is None else t.repeat_interleave(2, -1)[..., ::2] for t in (ws, bias)]
+    return xq, xs[..., :1].expand_as(xs), wq, *every_other
+
+
+def _moved(operands: tuple[Tensor | None, ...], device: str) -> list[Tensor | None]:
+    """The operands on a device, with the strides that they have."""
+    return [None if t is None else torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device) if 0 in t.shape
+            else _with_strides(t, device) for t in operands]  # fmt: skip
+
+
+def _with_strides(t: Tensor, device: str) -> Tensor:
+    if 0 in t.stride():
+        whole = t[tuple(slice(0, 1) if s == 0 else slice(None) for s in t.stride())].to(device)
+        return whole.expand(t.shape)
+    made = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)
+    return made.copy_(t)
 
 
 def _usable(op: str, names: tuple[str, ...], case: Case, device: str) -> list[str]:

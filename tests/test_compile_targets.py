@@ -9,6 +9,8 @@ import sys
 import pytest
 
 # bytes of shared memory that a block may have
+KERNELS = {"int8_mm": 7, "grouped_mm": 7, "quantize": 3, "absmax": 8, "both": 8, "activation_rows": 3, "gemv": 5, "norm": 1,
+           "dequantize": 1, "weight_only": 3, "finish": 1}  # fmt: skip
 LIMITS = {80: 166912, 89: 101376, 90: 232448, 100: 232448}
 
 
@@ -22,7 +24,11 @@ def test_kernels_compile_and_fit(arch: int, tmp_path: pathlib.Path) -> None:
     ran = subprocess.run([sys.executable, str(script), str(arch)], capture_output=True, text=True, env=environment, check=False)
     assert ran.returncode == 0, ran.stderr[-3000:]
     lines = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
-    assert len(lines) >= 17
+    made = [line["kernel"] for line in lines]
+    assert len(made) == len(set(made))
+    for kernel, count in KERNELS.items():
+        assert sum(name.split()[0] == kernel for name in made) >= count, (kernel, made)
+    assert sum(name.startswith("hopper") for name in made) == (28 if arch == 90 else 0), made
     for line in lines:
         assert line["shared"] <= LIMITS[arch], line
         assert line["stack"] == 0, f"registers spill: {line}"

@@ -233,6 +233,68 @@ def test_gemv(m, n, k, dtype) -> None:
         assert [different(a, b) for a, b in zip(quantize_known(h, tops), numerics.quantize(want), strict=True)] == [0, 0]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_dequantize(transposed, dtype) -> None:
+    from teint8.kernels.dequantize import dequantize
+
+    x = _values((70, 600), dtype, "nan")
+    codes, scale = numerics.quantize(x.cpu())
+    want = numerics.dequantize(codes, scale, dtype)
+    inner = torch.float32 if dtype == torch.float64 else dtype
+    for s in (scale, scale.repeat_interleave(2)[::2], scale[5:6].expand(70)):
+        on = codes.to(DEVICE).t().contiguous().t() if transposed else codes.to(DEVICE)
+        expected = want if s.numel() == 70 and s.stride(0) else numerics.dequantize(codes, s, dtype)
+        got = dequantize(on, s.to(DEVICE), inner).to(dtype)
+        assert different(got, expected) == 0
+
+
+@pytest.mark.parametrize("axis", [-1, -2])
+@pytest.mark.parametrize("activation", ["row", None])
+def test_gradients_by_a_packed_weight_of_either_layout(axis, activation, device) -> None:
+    w, x, g = _values((96, 64), torch.float32, device=device), _values((200, 64), torch.float32, device=device), None
+    packed = teint8.QTensor.quantize(w if axis == -1 else w.t().contiguous(), axis=axis)
+    leaf = x.requires_grad_()
+    y = ops.linear(leaf, packed, activation=activation)
+    g = torch.randn_like(y)
+    (got,) = torch.autograd.grad(y, leaf, g)
+    w_hat = numerics.dequantize(*numerics.quantize(w), torch.float32)
+    torch.testing.assert_close(got, g @ w_hat, rtol=1e-3, atol=1e-2)
+    exact = x.detach() @ w_hat.t()
+    assert ((y - exact).norm() / exact.norm()) < 0.02
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_launches_of_aligned_then_of_offset_tensors() -> None:
+    """A kernel that was compiled for multiples of 16 bytes must not run what lies elsewhere."""
+
+    def off(t: torch.Tensor) -> torch.Tensor:
+        return torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
+
+    x, given = _values((33, 64), torch.bfloat16), torch.rand(33, device=DEVICE) * 0.02
+    seeds = torch.arange(33, device=DEVICE)
+    for move in (lambda t: t, off):
+        for how in ({"scale": given}, {"seed": seeds[:1]}, {}):
+            moved = {name: move(t) for name, t in how.items()}
+            got = ops.quantize(move(x), impl=TRITON, **moved)
+            want = ops.quantize(x.cpu(), impl="reference", **{name: t.cpu() for name, t in how.items()})
+            assert [different(a, b) for a, b in zip(got, want, strict=True)] == [0, 0], how
+        seed = move(seeds)[5]
+        got = ops.quantize_both(move(x), seed=seed, impl=TRITON)
+        want = ops.quantize_both(x.cpu(), seed=seeds[5].cpu(), impl="reference")
+        assert [different(a, b) for a, b in zip(got, want, strict=True)] == [0] * 4
+        got = raw_both.activation(move(x), kind="silu", rows=True, values=True, seed=seed, impl=TRITON)
+        want = raw_both.activation(x.cpu(), kind="silu", rows=True, values=True, seed=seeds[5].cpu(), impl="reference")
+        assert [different(a, b) for a, b in zip(got, want, strict=True)] == [0] * 3
+    from teint8.kernels.finish import finish
+
+    sums = torch.randint(-999, 999, (2, 5, 64), device=DEVICE, dtype=torch.int32)
+    xs, ws, bias = (torch.rand(n, device=DEVICE) for n in (5, 64, 64))
+    want = (sums.sum(0).float() * ws) * xs[:, None] + bias
+    for xs_, ws_, bias_ in ((xs, ws, bias), (off(xs), ws, bias), (xs, off(ws), bias), (xs, ws, off(bias))):
+        assert different(finish(sums, xs_, ws_, bias_, torch.empty(5, 64, device=DEVICE)), want) == 0
+
+
 @pytest.mark.parametrize("m", [1, 3, 16, 40, 64, 65, 200])
 @pytest.mark.parametrize("gated", [True, False])
 def test_mlp_of_any_number_of_rows(m, gated, device) -> None:
@@ -246,7 +308,7 @@ def test_mlp_of_any_number_of_rows(m, gated, device) -> None:
 
 HOPPER_SHAPES = [
     (1, 1000, 1072, 336), (1, 77, 133, 100), (2, 128, 96, 64), (3, 70, 40, 48), (1, 1, 1, 1), (1, 300, 513, 1024),
-    (1, 16, 128, 4096), (2, 5, 64, 260),
+    (1, 16, 128, 4096), (2, 5, 64, 260), (1, 200, 512, 256),
 ]  # fmt: skip
 
 
@@ -268,6 +330,7 @@ def test_every_hopper_tile(name) -> None:
     ):
         xq, wq = (torch.randint(-127, 128, (b, r, k), device="cuda", dtype=torch.int8) for r in (m, n))
         xs, ws = torch.rand(b, m, device="cuda"), torch.rand(b, n, device="cuda")
+        ws = ws if k % 3 else ws.repeat_interleave(2, 1)[:, ::2]
         bs = torch.randn(b, n, device="cuda", dtype=dtype) if bias else None
         rs = torch.randn(b, m, n, device="cuda", dtype=dtype) if residual else None
         want = numerics.int8_mm(xq, xs, wq, ws, bs, dtype)
@@ -293,6 +356,20 @@ def test_hopper_splits_of_k_and_two_weights(m, n, k) -> None:
         for tile in (hopper.SMALL, hopper.LOW, hopper.TINY, None):
             g, u = hopper.int8_mm(xq, xs, wq, ws, bias, torch.bfloat16, tile=tile, up=(uq, us, ub))
             assert different(g, want) == 0 and different(u, other) == 0, tile
+
+
+@gpu
+def test_mlps_of_two_weights_that_are_not_alike() -> None:
+    x = _values((16, 64), torch.bfloat16)
+    gate, up, down = (ops.quantize(_values(s, torch.bfloat16)) for s in ((128, 64), (128, 64), (64, 128)))
+    strided = (up[0], up[1].repeat_interleave(2)[::2])
+    bias = _values((128,), torch.bfloat16)
+    from teint8.ops.mlp_function import How, infer
+
+    other_biases = (None, bias, bias.float(), bias[:1].expand(128))
+    for other, b in itertools.product((up, strided), other_biases):
+        args = (x, gate, other, down, (bias, b, None))
+        assert different(infer(*args, How("silu", "", "int8", "")), infer(*args, How("silu", "", "int8", "reference"))) == 0
 
 
 def test_tiles_of_few_rows_have_one_consumer() -> None:

@@ -84,7 +84,7 @@ def grouped_mm(
     wq = wq if wq.stride(2) == 1 else wq.contiguous()
     ends = ends.contiguous()
     # groups are as long as rows are many, in the mean
-    c = config or config_of(-(-m // groups), major_of(xq.device.index))
+    c = config or config_of(-(-m // groups), major_of(xq.device.index), k)
     inner = torch.float32 if dtype == torch.float64 or not xq.is_cuda else dtype
     y = torch.empty((m, n), dtype=inner, device=xq.device)
     strides = (xq.stride(0), wq.stride(0), wq.stride(1), xs.stride(0), ws.stride(0), ws.stride(1))

@@ -29,14 +29,18 @@ _HOPPER = (*_FEW, (128, Config(64, 128, 128, 4, 4)), (None, Config(128, 128, 128
 _OTHERS = (*_FEW, (128, Config(64, 128, 128, 8, 3)), (None, Config(128, 128, 64, 8, 3)))
 
 
+_LONG = (*_FEW, (None, Config(64, 64, 128, 4, 4)))  # sums of more than MAX_INT32_K products take three times the registers
+
+
 def table(major: int) -> tuple[tuple[int | None, Config], ...]:
     """The tiles for a compute capability, by rows up to; None stands for any number."""
     return _HOPPER if major == 9 else _OTHERS
 
 
-def config_of(m: int, major: int = 9) -> Config:
-    """The tile for a matmul of m rows; the bits of the result do not depend on it."""
-    return next(config for rows, config in table(major) if rows is None or m <= rows)
+def config_of(m: int, major: int = 9, k: int = 0) -> Config:
+    """The tile for a matmul of m rows over k products; the bits of the result do not depend on it."""
+    tiles = table(major) if k <= MAX_INT32_K else _LONG
+    return next(config for rows, config in tiles if rows is None or m <= rows)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -44,8 +48,8 @@ def chosen(device: int | None, batch: int, m: int, n: int, k: int, plain: bool) 
     """The tile that was tuned on this machine, else that of the table."""
     from teint8.kernels import tuned  # imports this file
 
-    known = tuned.found("triton", device, m, n, k, plain) if batch == 1 else None
-    return Config(*known) if known else config_of(m, major_of(device))
+    known = tuned.found("triton", device, m, n, k, plain) if batch == 1 and k <= MAX_INT32_K else None
+    return Config(*known) if known else config_of(m, major_of(device), k)
 
 
 @functools.cache

@@ -54,7 +54,9 @@ def enables_gradients(gm: fx.GraphModule) -> bool:
     return False
 
 
-def weights_of(gm: fx.GraphModule, placeholders: list[fx.Node], inputs: list[Any], params: str | None) -> dict[fx.Node, tuple[int, str]]:
+def weights_of(
+    gm: fx.GraphModule, placeholders: list[fx.Node], inputs: list[Any], params: str | None
+) -> dict[fx.Node, tuple[int, str]]:
     """Nodes that stand for weights, with the index of the input and its path."""
     origin = {node: i for i, node in enumerate(placeholders)}
     sources = [_torch.source_name(node) for node in placeholders]

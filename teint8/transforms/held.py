@@ -42,7 +42,7 @@ class Entry:
         return same and not self.storage.expired()
 
     def use(self, weight: Tensor) -> QTensor:
-        """The codes for what the current stream does next; a CUDA graph that is being captured keeps them as long as the weight lives."""
+        """The codes for what the current stream does next; those that a CUDA graph reads are kept as long as the weight lives."""
         if self._event is None:
             return self.packed
         stream = _torch.stream_of(weight.device)
