@@ -76,8 +76,9 @@ def backend(gm: fx.GraphModule, inputs: Sequence[Any], *, mode: str | None = Non
     program = _Program(gm, how, list(inputs))
     if how.strict:
         _check_paths(how.policy)
-    if (mode or "").startswith("max-autotune") and any(isinstance(t, Tensor) and t.is_cuda for t in inputs):
-        cuda.tune_new(program.problems(inputs))
+    gpu = next((t.device for t in inputs if isinstance(t, Tensor) and t.is_cuda), None)
+    if (mode or "").startswith("max-autotune") and gpu is not None:
+        cuda.tune_new(program.problems(inputs), gpu)
     extras = program.packable(inputs)
     whole = program.as_graph(extras)
     compiled = _torch.inductor(whole, [*inputs, *program.fakes(inputs, extras)], mode, inductor)
@@ -283,14 +284,16 @@ class _Program:
         return [extra for extra in route.packings if fits(inputs[extra.position])]
 
     def problems(self, inputs: Sequence[Any]) -> list[tuple[int, int, int]]:
-        """M, N and K of the graph's INT8 matmuls and of those of its backward, found on tensors without data."""
+        """M, N and K of the graph's INT8 matmuls and, where gradients are wanted, of those of its backward; found without data."""
+        backward = torch.is_grad_enabled() or enables_gradients(self.gm)
         receipt = Receipt()
         how = self.how._replace(receipt=receipt, strict=False)
         self.dry_run(inputs, True, how)
         found: dict[tuple[int, int, int], None] = {}
         for r in receipt:
             if r.int8 and r.batch == 1:
-                sizes = [(r.m, r.n, r.k)] + [(r.m, r.k, r.n)] * ("dX" in r.mode) + [(r.n, r.k, r.m)] * ("dW" in r.mode)
+                sizes = [(r.m, r.n, r.k)]
+                sizes += [(r.m, r.k, r.n)] * (backward and "dX" in r.mode) + [(r.n, r.k, r.m)] * (backward and "dW" in r.mode)
                 found |= dict.fromkeys(size for size in sizes if 0 not in size)
         return list(found)
 

@@ -79,6 +79,34 @@ TRANSFORMS: dict[str, Callable[[Any, Any, Tensor], Any]] = {
     "checkpoint": lambda q, p, x: _checkpointed(q, p, x),
 }
 
+FORWARD: dict[str, Callable[[Any, Any, Tensor], Any]] = {
+    "forward": lambda q, p, x: q(p, x),
+    "backward": lambda q, p, x: _backward_of_params(q, p, x),
+}
+
+# of packed weights, which have no gradient: by the input
+OF_INPUTS: dict[str, Callable[[Any, Any, Tensor], Any]] = {
+    "forward": lambda q, p, x: q(p, x),
+    "backward": lambda q, p, x: _backward(lambda x: q(p, x), x),
+    "grad": lambda q, p, x: grad(lambda x: q(p, x).square().mean())(x),
+    "value_and_grad": lambda q, p, x: grad_and_value(lambda x: q(p, x).square().mean())(x),
+    "jvp": lambda q, p, x: jvp(lambda x: q(p, x), (x,), (torch.ones_like(x),)),
+    "vmap_x": lambda q, p, x: vmap(lambda v: q(p, v[None])[0])(x),
+    "vmap_grad": lambda q, p, x: vmap(grad(lambda v: q(p, v[None]).square().mean()))(x),
+    "grad_grad": lambda q, p, x: grad(lambda x: grad(lambda x: q(p, x).square().mean())(x).square().sum())(x),
+}
+
+
+def _backward_of_params(qfn: Any, params: Any, x: Tensor) -> Any:
+    leaves, spec = pytree.tree_flatten(params)
+    leaves = [leaf.clone().requires_grad_() for leaf in leaves]
+    return torch.autograd.grad(qfn(pytree.tree_unflatten(leaves, spec), x).square().mean(), leaves)
+
+
+def _backward(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    leaf = x.detach().requires_grad_()
+    return torch.autograd.grad(run(leaf).square().mean(), leaf)[0]
+
 
 def _checkpointed(qfn: Any, params: Any, x: Tensor) -> Any:
     leaves, spec = pytree.tree_flatten(params)

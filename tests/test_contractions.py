@@ -90,3 +90,16 @@ def test_where_a_rule_says_so_it_is_torchs_own() -> None:
         with te_int8_autocast() as context:  # between activations
             assert torch.equal(call(x, w.detach()), want), name
         assert context.receipt.int8_calls == 0
+
+
+def test_what_is_broadcast_and_weights_that_come_first_stay_float_and_are_on_the_receipt() -> None:
+    w, x, one = nn.Parameter(torch.randn(8, 5)), torch.randn(3, 8), torch.randn(3, 1)
+    want = one * w.sum(0), w.t() @ x.t(), w.t() @ x.t()
+    with te_int8_autocast() as ctx:
+        got = torch.einsum("bk,kn->bn", one, w), torch.tensordot(w, x, ([0], [1])), torch.inner(w.t(), x)
+    torch.testing.assert_close(got, want)
+    assert [(r.int8, r.reason.split(":")[0]) for r in ctx.receipt] == [
+        (False, "1 features by 8"),
+        (False, "the weight comes first"),
+        (False, "the weight comes first"),
+    ]

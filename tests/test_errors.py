@@ -68,7 +68,11 @@ CASES = {
     "packing without inputs": (lambda: teint8.pack(teint8.quantize(lambda p, x: x @ p), W.t()), TypeError, r"pack\(qfn, params"),
     "nothing to pack": (lambda: teint8.pack(teint8.quantize(MODEL, Policy()), PARAMS), ValueError, "no weight of .* would be in INT8"),
     "packing params of another model": (lambda: teint8.pack(teint8.quantize(MODEL), {"a": W}), ValueError, "another model"),
-    "packing a part": (lambda: teint8.pack(teint8.quantize(MODEL), dict(list(PARAMS.items())[:1])), ValueError, "params lacks"),
+    "packing a part by an abstract run": (
+        lambda: teint8.pack(teint8.quantize(MODEL), dict(list(PARAMS.items())[:1]), X),
+        ValueError,
+        "params lacks",
+    ),
     "packing other shapes": (
         lambda: teint8.pack(teint8.quantize(MODEL), {name: p[..., :-1] for name, p in PARAMS.items()}),
         ValueError,

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import teint8
+import teint8.compile
 
 COMPILED = [name for name in grid.TRANSFORMS if name != "checkpoint"]  # tests/test_compile.py has checkpoints
 PROGRAMS = ["mlp", "encoder", "function"]
@@ -99,23 +100,22 @@ def test_other_policies_compiled_equal_eager(policy: str, device: str) -> None:
     assert all(float(t.norm()) > 0 for t in torch.utils._pytree.tree_leaves(got))
 
 
-@pytest.mark.parametrize("backend", ["inductor", "aot_eager"])
+@pytest.mark.parametrize("backend", ["inductor", "aot_eager", "teint8"])
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_packed_weights_compiled(program: str, backend: str, device: str) -> None:
     qfn, params, x = grid.programs(program, device=device)
     packed = teint8.pack(qfn, params, x)
-    runs = {
-        "forward": lambda p, x: qfn(p, x),
-        "vmap": lambda p, x: torch.func.vmap(lambda v: qfn(p, v[None])[0])(x),
-        "grad": lambda p, x: torch.func.grad(lambda x: qfn(p, x).square().mean())(x),
-        "jvp": lambda p, x: torch.func.jvp(lambda x: qfn(p, x), (x,), (torch.ones_like(x),)),
-    }
-    for name, run in runs.items():
-        torch._dynamo.reset()
+    for name, run in grid.OF_INPUTS.items():
         if (program, name) == ("encoder", "jvp"):
             continue  # Dynamo raises for torch's own layer_norm with a weight that has no tangent, and leaves the transform entered
-        got = torch.compile(run, fullgraph=True, backend=backend)(packed, x)
-        assert grid.relative_error(got, run(packed, x)) < 1e-5, name
+        torch._dynamo.reset()
+        compiled = torch.compile(
+            lambda p, x, run=run: run(qfn, p, x),
+            fullgraph=name != "backward",  # torch.autograd.grad in a graph wants its inputs made there
+            backend=teint8.compile.backend if backend == "teint8" else backend,
+        )
+        got = compiled(packed, x)
+        assert grid.relative_error(got, run(qfn, packed, x)) < 1e-5, name
         assert all(float(t.norm()) > 0 for t in torch.utils._pytree.tree_leaves(got)), name
 
 

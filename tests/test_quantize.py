@@ -296,3 +296,26 @@ def test_rules_by_path_and_the_receipt() -> None:
     assert "2 of 9 calls ran in INT8" in text and len(text.splitlines()) == 12 and text.endswith("no call matched Rule('nowhere')")
     record = next(r for r in receipt if r.path == "0.layers.1.linear1.weight")
     assert (record.m, record.n, record.k, record.batch, record.op) == (18, 32, 16, 1, "linear")
+
+
+def test_pack_takes_parts_of_the_params_and_extra_state() -> None:
+    class Keeps(nn.Linear):
+        def get_extra_state(self) -> dict:
+            return {"steps": 3}
+
+        def set_extra_state(self, state: dict) -> None:
+            self.steps = state["steps"]
+
+    model = nn.Sequential(Keeps(8, 4), nn.Linear(4, 2))
+    qfn, params = teint8.quantize(model), dict(model.named_parameters())
+    packed = teint8.pack(qfn, model.state_dict())
+    assert isinstance(packed["0.weight"], QTensor) and packed["0._extra_state"] == {"steps": 3}
+    part = teint8.pack(qfn, {"1.weight": params["1.weight"]})
+    assert list(part) == ["1.weight"] and isinstance(part["1.weight"], QTensor)
+    x = torch.randn(3, 8)
+    assert torch.equal(qfn({**params, **part}, x), qfn(params, x))
+    with pytest.raises(ValueError, match=r"no parameter or buffer '2\.weight'"):
+        teint8.pack(qfn, {"2.weight": params["1.weight"]})
+    lazy = nn.LazyLinear(3)
+    with pytest.raises(ValueError, match="weight has no shape yet; run the module once"):
+        teint8.pack(teint8.quantize(lazy), dict(lazy.named_parameters()))

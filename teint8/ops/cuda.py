@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -189,17 +190,23 @@ def tune(sizes: list[tuple[int, int, int]]) -> str:
     return str(tuned.path(torch.cuda.current_device()))
 
 
-def tune_new(sizes: list[tuple[int, int, int]]) -> None:
-    """Measure the tiles of those matmuls that were not measured on this GPU before, silently; nothing where no Triton runs."""
+def tune_new(sizes: list[tuple[int, int, int]], device: torch.device) -> None:
+    """Measure the tiles of those matmuls that were not measured on this GPU before, silently; nothing where no Triton runs.
+
+    Warns where one cannot be measured (there is no memory left, say): the tiles of the table serve then.
+    """
     if why_not_triton() is not None:
         return
     from teint8.kernels import tuned
 
-    device = torch.cuda.current_device()
-    new = [size for size in sizes if tuned.found("triton", device, *size) is None]
-    for m, n, k in new:
-        problem = Problem("cuda", torch.bfloat16, 1, m, n, k)
-        tuned.tune(m, n, k, None if _cublas_why_not(problem) else _cublas, report=lambda line: None)
+    with torch.cuda.device(device):
+        new = [size for size in sizes if tuned.found("triton", torch.cuda.current_device(), *size) is None]
+        for m, n, k in new:
+            problem = Problem("cuda", torch.bfloat16, 1, m, n, k)
+            try:
+                tuned.tune(m, n, k, None if _cublas_why_not(problem) else _cublas, report=lambda line: None)
+            except RuntimeError as error:
+                warnings.warn(f"teint8: the tiles of a matmul M, N, K = {m}, {n}, {k} were not measured: {error}", stacklevel=2)
     if new:
         registry.choose_anew()
 

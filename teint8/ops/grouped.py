@@ -200,7 +200,7 @@ def _check(x: Tensor, weight: Tensor | QTensor, ends: Tensor) -> None:
     shapes = f"x {tuple(x.shape)}, weight {tuple(weight.shape)} and ends {tuple(ends.shape)}"
     if not x.is_floating_point() or x.dtype != weight.dtype or ends.dtype not in (torch.int32, torch.int64):
         raise TypeError(
-            f"grouped_linear: x is {x.dtype}, weight {weight.dtype}, ends {ends.dtype}; one float dtype and int32 are needed"
+            f"grouped_linear: x is {x.dtype}, weight {weight.dtype}, ends {ends.dtype}; one float dtype, and int32 or int64, are needed"
         )
     axis = weight.axis if isinstance(weight, QTensor) else -1
     if x.ndim != 2 or weight.ndim != 3 or x.shape[1] != weight.shape[axis] or ends.shape != weight.shape[:1]:

@@ -95,15 +95,17 @@ def _int8_grouped_mm(xq: Tensor, xs: Tensor, wq: Tensor, ws: Tensor, ends: Tenso
 
 def _grouped_mm(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
     y = x.new_zeros((x.shape[0], w.shape[1]))
-    for matrix, (start, end) in zip(w, spans(ends, x.shape[0]), strict=True):
-        y[start:end] = x[start:end] @ matrix.mT
+    with torch.autocast(x.device.type, enabled=False):
+        for matrix, (start, end) in zip(w, spans(ends, x.shape[0]), strict=True):
+            y[start:end] = x[start:end] @ matrix.mT
     return y
 
 
 def _grouped_outer(g: Tensor, x: Tensor, ends: Tensor) -> Tensor:
     y = x.new_zeros((ends.shape[0], g.shape[1], x.shape[1]))
-    for matrix, (start, end) in zip(y, spans(ends, x.shape[0]), strict=True):
-        torch.mm(g[start:end].mT, x[start:end], out=matrix)
+    with torch.autocast(x.device.type, enabled=False):
+        for matrix, (start, end) in zip(y, spans(ends, x.shape[0]), strict=True):
+            torch.mm(g[start:end].mT, x[start:end], out=matrix)
     return y
 
 

@@ -235,22 +235,29 @@ def _tensordot(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
     def in_float() -> Any:
         return torch.ops.aten.tensordot(*route.plain((x, w)), ours, theirs)
 
-    return _contracted(route, w, lambda: contractions.tensordot(x, w, ours, theirs), in_float)
+    return _contracted(route, w, lambda: contractions.tensordot(x, w, ours, theirs), in_float, x)
 
 
 def _inner(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
     if kwargs.get("out") is not None:
         return _stays_float("matmul", "out= is not supported")(route, func, args, kwargs)
     x, w = shapes.bind(("self", "other"), args, kwargs, also=("input", "other"))
-    return _contracted(route, w, lambda: contractions.inner(x, w), lambda: torch.ops.aten.inner(*route.plain((x, w))))
+    return _contracted(route, w, lambda: contractions.inner(x, w), lambda: torch.ops.aten.inner(*route.plain((x, w))), x)
 
 
-def _contracted(route: Route, w: Any, product_of: Callable[[], contractions.Product | str], in_float: Callable[[], Any]) -> Any:
-    """A product by w that is written as a contraction, where w is a weight."""
+def _contracted(
+    route: Route, w: Any, product_of: Callable[[], contractions.Product | str], in_float: Callable[[], Any], first: Any = None
+) -> Any:
+    """A product by w that is written as a contraction, where w is a weight; ``first`` comes before it, and may be one."""
     weight = route.operand(w)
     if weight is None:
+        before = route.operand(first) if isinstance(first, Tensor) and first.ndim > 1 else None
+        if before is not None:
+            route.stays_float(before, "matmul", "the weight comes first: tensordot and inner are taken over where it comes second")
         return in_float()
     product = product_of()
+    if not isinstance(product, str) and product.x.shape[-1] != w.shape[product.axis]:
+        product = f"{product.x.shape[-1]} features by {w.shape[product.axis]}: what torch broadcasts is not taken over"
     if isinstance(product, str):
         route.stays_float(weight, "matmul", product)
         return in_float()

@@ -27,7 +27,8 @@ def pack(qfn: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
 
     Args:
         qfn: a result of ``quantize``.
-        params: its parameters: for a module a dict, or a tuple of dicts; for a function any pytree.
+        params: its parameters: for a module a dict (also one of a part of them, where no inputs are given), or a tuple of dicts; for
+            a function any pytree.
         args, kwargs: example inputs, for an abstract run (shapes only, nothing is computed) that finds which leaves are weights.
             Needed for a function; a module is otherwise read by the types of its layers (nn.Linear, nn.MultiheadAttention
             and transformers' Conv1D, so give inputs where layers of your own multiply by weights).
@@ -49,7 +50,7 @@ def pack(qfn: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
     target = quantized(qfn)
     groups = params if isinstance(target, nn.Module) and isinstance(params, tuple) else (params,)
     if isinstance(target, nn.Module):
-        check_params(target, groups)
+        check_params(target, groups, complete=bool(args or kwargs))
         _check_shapes(target, groups)
     if args or kwargs:
         uses = _survey(qfn, params, args, kwargs)
@@ -74,6 +75,8 @@ def _check_shapes(module: nn.Module, groups: tuple[Any, ...]) -> None:
     """Weights may have more dimensions in front (a stack of models), and no others."""
     for path, leaf in (item for group in groups for item in group.items()):
         owner, _, name = path.rpartition(".")
+        if name == "_extra_state":
+            continue
         want = tuple(getattr(module.get_submodule(owner), name).shape)
         if isinstance(leaf, Tensor) and tuple(leaf.shape[max(leaf.ndim - len(want), 0) :]) != want:
             raise ValueError(f"pack: {path} has shape {want} but {tuple(leaf.shape)} was given; are these the params of another model?")

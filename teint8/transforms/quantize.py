@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as torch_pytree
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from teint8 import _torch
 from teint8.ops.shared import Shared
@@ -236,8 +237,8 @@ def _name(path: Any) -> str:
     return ".".join(parts)
 
 
-def check_params(module: nn.Module, groups: tuple[Any, ...]) -> None:
-    """Raise for params that are not those of the module: unknown or missing names, packed weights of other shapes."""
+def check_params(module: nn.Module, groups: tuple[Any, ...], complete: bool = True) -> None:
+    """Raise for params that are not those of the module: unknown or (where they must be ``complete``) missing names, other shapes."""
     for group in groups:
         if not isinstance(group, Mapping):
             raise TypeError(
@@ -249,7 +250,7 @@ def check_params(module: nn.Module, groups: tuple[Any, ...]) -> None:
     for group in groups:
         for path, leaf in group.items():
             _check_leaf(module, path, leaf)
-    missing = [path for path, _ in module.named_parameters() if not any(path in group for group in groups)]
+    missing = [path for path, _ in module.named_parameters() if complete and not any(path in group for group in groups)]
     if missing:
         raise ValueError(
             f"quantized {type(module).__name__}: params lacks {', '.join(map(repr, missing[:5]))}; a pure function takes all of its "
@@ -259,12 +260,18 @@ def check_params(module: nn.Module, groups: tuple[Any, ...]) -> None:
 
 def _check_leaf(module: nn.Module, path: str, leaf: Any) -> None:
     owner, _, name = path.rpartition(".")
+    if name == "_extra_state":  # state_dict has it of modules that keep more than tensors
+        return
     try:
         own = getattr(module.get_submodule(owner), name)
     except AttributeError:
         raise ValueError(
             f"quantized {type(module).__name__}: it has no parameter or buffer {path!r}; are these the params of another model?"
         ) from None
+    if is_lazy(own):
+        raise ValueError(
+            f"quantized {type(module).__name__}: {path} has no shape yet; run the module once, as torch's lazy modules need"
+        )
     if isinstance(leaf, QTensor) and leaf.shape != own.shape:
         raise ValueError(
             f"quantized {type(module).__name__}: {path} has shape {tuple(own.shape)} but {leaf!r} was given; "
