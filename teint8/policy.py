@@ -3,9 +3,10 @@
 import dataclasses
 from typing import Any, Literal
 
-OPS = ("linear", "matmul", "activation_matmul")
+OPS = ("linear", "matmul", "activation_matmul", "conv")
 """Names a rule may give in ``ops``: ``linear`` (F.linear and the projections of attention), ``matmul`` (torch.matmul, mm, bmm,
-addmm, baddbmm with a weight operand), ``activation_matmul`` (the same between two activations)."""
+addmm, baddbmm with a weight operand), ``activation_matmul`` (the same between two activations), ``conv`` (F.conv1d to conv3d and the
+transposed ones)."""
 
 
 def _one_of(owner: str, field: str, value: object, allowed: tuple[object, ...]) -> None:
@@ -18,8 +19,8 @@ class Quant:
     """How one operand is quantized.
 
     Attributes:
-        granularity: "row" gives a scale to each token of an activation, each output channel of a weight; "tensor" gives one scale
-            to the whole operand.
+        granularity: "row" gives a scale to each token of an activation (in a convolution each sample), each output channel of a
+            weight; "tensor" gives one scale to the whole operand.
         scale: "dynamic" takes it from the values at hand; "static" from the packed weight
             (``QTensor.with_activation_scale``), for activations only.
         rounding: "nearest" (ties to even) or "stochastic" (unbiased, for gradients only).
@@ -71,7 +72,7 @@ class Rule:
     """
 
     path: str = "*"
-    ops: tuple[str, ...] = ("linear", "matmul")
+    ops: tuple[str, ...] = ("linear", "matmul", "conv")
     weight: Quant | None = Quant()
     activation: Quant | None = Quant()
     gradient: Quant | None = None

@@ -21,7 +21,8 @@ class QTensor:
         scale: float32, that shape with size 1 along ``axis`` (a scale for each output channel).
         activation_scale: None, or a float32 tensor of one element: the static scale of the activation that meets this weight.
         dtype: the float dtype that the weight had and that ``dequantize`` returns.
-        axis: -1 for a weight (..., N, K) as in ``nn.Linear``, -2 for (..., K, N) as in ``x @ w``: the contracted dimension.
+        axis: -1 for a weight (..., N, K) as in ``nn.Linear``, -2 for (..., K, N) as in ``x @ w``: the contracted dimension; a tuple
+            of several for a convolution's, (-3, -2, -1) for (N, C, H, W).
 
     A transform may add leading dimensions to codes and scale (a stack of models under ``torch.vmap``); ``axis`` counts
     from the end, so that they do not matter.
@@ -44,7 +45,7 @@ class QTensor:
     scale: Tensor
     activation_scale: Tensor | None = None
     dtype: torch.dtype = torch.float32
-    axis: int = -1
+    axis: int | tuple[int, ...] = -1
     checked: dataclasses.InitVar[bool] = True
 
     def __post_init__(self, checked: bool) -> None:
@@ -55,12 +56,19 @@ class QTensor:
                 f"QTensor: codes are {self.codes.dtype} and scale is {self.scale.dtype}; int8 codes and a float32 scale are needed "
                 "(QTensor.quantize makes them from a float weight)"
             )
-        if self.axis not in (-1, -2):
-            raise ValueError(f"QTensor: axis is {self.axis!r}; it is -1 for a weight (..., N, K) or -2 for (..., K, N)")
-        if self.codes.ndim < 2:
-            raise ValueError(f"QTensor: codes have shape {tuple(self.codes.shape)}; a weight has at least 2 dimensions")
+        axes = self.axis if isinstance(self.axis, tuple) else (self.axis,)
+        if self.axis not in (-1, -2) and (not isinstance(self.axis, tuple) or len(axes) < 2 or not all(-5 <= a <= -1 for a in axes)):
+            raise ValueError(
+                f"QTensor: axis is {self.axis!r}; it is -1 for a weight (..., N, K), -2 for (..., K, N), or for a convolution's a tuple "
+                "such as (-3, -2, -1)"
+            )
+        if self.codes.ndim < max(2, -min(axes)):
+            raise ValueError(
+                f"QTensor: codes have shape {tuple(self.codes.shape)}; a weight has at least {max(2, -min(axes))} dimensions"
+            )
         want = list(self.codes.shape)
-        want[self.axis] = 1
+        for axis in axes:
+            want[axis] = 1
         if list(self.scale.shape) != want:
             raise ValueError(
                 f"QTensor: scale has shape {tuple(self.scale.shape)} but codes have {tuple(self.codes.shape)} "
@@ -92,7 +100,7 @@ class QTensor:
         return cls(codes, scale, None, dtype, -1) if axis == -1 else cls(codes.mT, scale.mT, None, dtype, -2)
 
     def rows(self) -> tuple[Tensor, Tensor]:
-        """Codes (..., N, K) and scales (..., N), the contracted dimension last."""
+        """Codes (..., N, K) and scales (..., N), the contracted dimension last; not of a convolution's weight."""
         if self.axis == -1:
             return self.codes, self.scale.squeeze(-1)
         return self.codes.mT, self.scale.squeeze(-2)
@@ -151,7 +159,7 @@ class QTensor:
         return f"QTensor({size}, {self.dtype} as int8, axis={self.axis}, device={self.device}, {self.nbytes} bytes{static})"
 
 
-_Aux = tuple[torch.dtype, int]
+_Aux = tuple[torch.dtype, int | tuple[int, ...]]
 
 
 def _names(q: QTensor) -> tuple[str, ...]:
@@ -182,7 +190,7 @@ torch_pytree.register_pytree_node(
     ),
     serialized_type_name="teint8.QTensor",
     to_dumpable_context=lambda aux: [str(aux[0]).removeprefix("torch."), aux[1]],
-    from_dumpable_context=lambda aux: (getattr(torch, aux[0]), aux[1]),
+    from_dumpable_context=lambda aux: (getattr(torch, aux[0]), tuple(aux[1]) if isinstance(aux[1], list) else aux[1]),
 )
 optree.register_pytree_node(
     QTensor,  # type: ignore[arg-type]

@@ -58,7 +58,9 @@ def main(device: str) -> None:
         for transform in transforms(program):
             row = []
             for way in WAYS:
-                ran = subprocess.run([sys.executable, __file__, device, program, transform, way], capture_output=True, text=True, check=False)
+                ran = subprocess.run(
+                    [sys.executable, __file__, device, program, transform, way], capture_output=True, text=True, check=False
+                )
                 row.append(ran.stdout.strip().splitlines()[-1] if ran.returncode == 0 else f"**crashed: {ran.stderr[-80:]}**")
             print(f"| {program} | {transform} | {' | '.join(row)} |", flush=True)
 

@@ -2,6 +2,7 @@
 
 from teint8.ops import cpu, cuda
 from teint8.ops.activate import activate
+from teint8.ops.conv import conv, conv_problem
 from teint8.ops.grouped import grouped_linear
 from teint8.ops.linear import linear
 from teint8.ops.mlp import gated_mlp, merged_linear, mlp
@@ -17,6 +18,8 @@ __all__ = [
     "Implementation",
     "Problem",
     "activate",
+    "conv",
+    "conv_problem",
     "gated_mlp",
     "grouped_linear",
     "implementations",

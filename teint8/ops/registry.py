@@ -25,6 +25,8 @@ Ops and what their implementations are called with (always these shapes; broadca
               as ``norms.value`` of x + residual: that sum where there is a residual, the values, the codes and scales, as asked for.
 ``grouped_mm`` ``run(xq (M, K), xs (M,), wq (G, N, K), ws (G, N), ends (G,) int, dtype) -> (M, N)``: ``int8_mm`` of rows that end at
               ends[g] by weight g; 0 behind the last; batch is the number of groups.
+``conv``      ``run(xq (B, *S, C), xs (B, V), wq (N, *kernel, C / groups), ws (N), bias (N) | None, window, dtype) -> (B, *S', N)``
+              as ``ops.raw_conv.int8_conv``; m counts windows, batch groups, n and k the channels and products of one group.
 
 No size is 0: empty problems are answered before an implementation is looked for.
 """
@@ -37,7 +39,7 @@ import torch
 
 from teint8 import activations, norms, numerics
 
-OPS = ("quantize", "int8_mm", "linear", "quantize_both", "activation", "mlp", "norm", "grouped_mm")
+OPS = ("quantize", "int8_mm", "linear", "quantize_both", "activation", "mlp", "norm", "grouped_mm", "conv")
 
 
 class Problem(NamedTuple):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from teint8 import _torch
 from teint8.qtensor import QTensor
-from teint8.transforms import attention, contractions, shapes
+from teint8.transforms import attention, contractions, convolutions, shapes
 from teint8.transforms.recurrent import CELLS
 
 if TYPE_CHECKING:
@@ -267,6 +267,16 @@ def _contracted(
     return y if product.order is None else y.permute(product.order)
 
 
+def _convolution(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
+    call = convolutions.read(func, args, kwargs)
+
+    def in_float() -> Any:
+        x, w, bias = route.plain((call.x, call.w, call.bias))
+        return _FLOAT_CONVOLUTIONS[func](x, w, bias, *call.arguments())
+
+    return route.convolve(call, route.operand(call.w) or Operand(call.w), in_float)
+
+
 def _cell(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
     """One step of a recurrent network: two linears and its gates."""
 
@@ -318,12 +328,22 @@ _FLOAT_GROUPED: dict[Any, Callable[..., Any]] = {
     torch._grouped_mm: torch.ops.aten._grouped_mm,
 }
 
+_FLOAT_CONVOLUTIONS = {
+    F.conv1d: torch.ops.aten.conv1d,
+    F.conv2d: torch.ops.aten.conv2d,
+    F.conv3d: torch.ops.aten.conv3d,
+    F.conv_transpose1d: torch.ops.aten.conv_transpose1d,
+    F.conv_transpose2d: torch.ops.aten.conv_transpose2d,
+    F.conv_transpose3d: torch.ops.aten.conv_transpose3d,
+}
+
 _PRODUCTS = (
     torch.mv, Tensor.mv, torch.addmv, Tensor.addmv, torch.addbmm,
     Tensor.addbmm, torch.linalg.multi_dot, torch.chain_matmul, F.bilinear,
 )  # fmt: skip
 _RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
 FLOAT_ONLY: dict[Any, Callable[[Route, Any, Any, Any], Any]] = {
+    torch.convolution: _stays_float("conv", "torch.convolution is not taken over; write it as F.conv2d"),
     **{f: _stays_float("matmul", f"{f.__name__} is not taken over; write it as a matmul or F.linear") for f in _PRODUCTS},
     **dict.fromkeys(_RECURRENT, _stays_float("recurrent", "whole recurrent layers stay float; their cells (nn.LSTMCell) do not")),
 }
@@ -347,6 +367,7 @@ HANDLERS: dict[Any, Callable[[Route, Any, Any, Any], Any]] = {
     torch.inner: _inner,
     Tensor.inner: _inner,
     **dict.fromkeys(CELLS, _cell),
+    **dict.fromkeys(_FLOAT_CONVOLUTIONS, _convolution),
     **FLOAT_ONLY,
     Tensor.data.__get__: _data,  # type: ignore[attr-defined]
 }

@@ -9,13 +9,14 @@ import torch.utils._pytree as torch_pytree
 from torch import Tensor, nn
 
 from teint8 import _torch
+from teint8.ops.conv import contracted, packed_kernel
 from teint8.ops.raw import quantize as quantize_rows
 from teint8.policy import Policy
 from teint8.qtensor import QTensor
 from teint8.transforms.calls import Operand
 from teint8.transforms.quantize import BoundRoute, check_params, is_qtensor, leaf_paths, quantized, run
 
-Use = tuple[int, str] | None
+Use = tuple[int | tuple[int, ...], str] | None
 """How a call uses a weight: (contracted dimension, granularity) in INT8, or None in float."""
 
 
@@ -30,8 +31,8 @@ def pack(qfn: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
         params: its parameters: for a module a dict (also one of a part of them, where no inputs are given), or a tuple of dicts; for
             a function any pytree.
         args, kwargs: example inputs, for an abstract run (shapes only, nothing is computed) that finds which leaves are weights.
-            Needed for a function; a module is otherwise read by the types of its layers (nn.Linear, nn.MultiheadAttention
-            and transformers' Conv1D, so give inputs where layers of your own multiply by weights).
+            Needed for a function; a module is otherwise read by the types of its layers (nn.Linear, nn.Conv2d and the like,
+            nn.MultiheadAttention and transformers' Conv1D, so give inputs where layers of your own multiply by weights).
 
     Returns:
         A tree of the same structure, with QTensor leaves. Leaves that are packed already stay as they are.
@@ -106,9 +107,12 @@ def _pack_leaf(leaf: Any, uses: set[Use]) -> Any:
     return leaf if use is None else pack_weight(leaf, *use)
 
 
-def pack_weight(weight: Tensor, axis: int, granularity: str) -> QTensor:
-    """One weight by the device's kernel, contracted along ``axis``."""
+def pack_weight(weight: Tensor, axis: int | tuple[int, ...], granularity: str) -> QTensor:
+    """One weight by the device's kernel, contracted along ``axis``; along several that of a convolution."""
     with torch.no_grad():
+        if isinstance(axis, tuple):
+            own = weight[(0,) * max(weight.ndim - len(axis) - 1, 0)]  # a stack of models has more dimensions in front
+            return packed_kernel(weight, granularity, axis == contracted(own.ndim, True))
         rows = weight.detach() if axis == -1 else weight.detach().mT
         codes, scale = quantize_rows(rows, group_dims=1 if granularity == "row" else 2)
         return QTensor.from_rows(codes, scale.unsqueeze(-1), weight.dtype, axis)
@@ -122,7 +126,7 @@ class _Survey(BoundRoute):
         self.packed_leaves = True  # look through the arguments of every call
         self.uses: dict[str, set[Use]] = {}
 
-    def packed(self, weight: Operand, axis: int, granularity: str) -> Operand:
+    def packed(self, weight: Operand, axis: Any, granularity: str) -> Operand:
         self.uses.setdefault(weight.path, set()).add((axis, granularity))
         return weight
 
@@ -149,7 +153,7 @@ def _read_module(module: nn.Module, policy: Policy) -> dict[str, set[Use]]:
     for path, owner, name, parameter in _parameters(module):
         paths[path] = parameter
         axis = _contracted_dimension(owner, name)
-        rule = None if axis is None else policy.match(path, "linear" if axis == -1 else "matmul")
+        rule = None if axis is None else policy.match(path, "conv" if isinstance(axis, tuple) else "linear" if axis == -1 else "matmul")
         use = None if axis is None or rule is None or rule.weight is None else (axis, rule.weight.granularity)
         by_tensor.setdefault(parameter, set()).add(use)
     return {path: by_tensor[parameter] for path, parameter in paths.items()}
@@ -161,9 +165,17 @@ def _parameters(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor
             yield f"{prefix}.{name}" if prefix else name, owner, name, parameter
 
 
-def _contracted_dimension(owner: nn.Module, name: str) -> int | None:
-    """-1 or -2 for a weight of a layer that is known to multiply by it, else None."""
+_CONVOLUTIONS = {m.forward for m in (nn.Conv1d, nn.Conv2d, nn.Conv3d)}
+_TRANSPOSED = {m.forward for m in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)}
+
+
+def _contracted_dimension(owner: nn.Module, name: str) -> int | tuple[int, ...] | None:
+    """-1, -2 or those of a convolution, for a weight of a layer that is known to multiply by it, else None."""
     forward = type(owner).forward
+    if forward in _CONVOLUTIONS and name == "weight":
+        return contracted(owner.weight.ndim, False)  # type: ignore[arg-type]
+    if forward in _TRANSPOSED and name == "weight" and owner.groups == 1:
+        return contracted(owner.weight.ndim, True)  # type: ignore[arg-type]
     if forward is nn.Linear.forward and name == "weight":
         return -1
     if forward is nn.MultiheadAttention.forward and name.endswith("proj_weight"):

@@ -12,12 +12,14 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from teint8 import _torch, ops
+from teint8.ops.conv import contracted
 from teint8.ops.raw import problem_of
 from teint8.ops.shared import Shared
 from teint8.policy import Policy, Rule
 from teint8.qtensor import QTensor
 from teint8.transforms import apart, callsite, shapes
 from teint8.transforms.calls import HANDLERS, Operand, know_transformers
+from teint8.transforms.convolutions import Convolution
 from teint8.transforms.receipt import Receipt
 
 
@@ -86,7 +88,7 @@ class Route(TorchFunctionMode):
         """The arguments of a call that stays float, without packed weights."""
         return args
 
-    def packed(self, weight: Operand, axis: int, granularity: str) -> Operand:
+    def packed(self, weight: Operand, axis: Any, granularity: str) -> Operand:
         """The weight with its codes where they are held already, else as it is."""
         return weight
 
@@ -203,6 +205,67 @@ class Route(TorchFunctionMode):
         )
         return y if cut is None else y[..., cut]
 
+    def convolve(self, call: Convolution, weight: Operand, float_call: Callable[[], Any]) -> Any:
+        """A convolution: INT8, or ``float_call``."""
+        x = self.plain(call.x)
+        path = self.path(weight)
+        rule = self.rule(path, "conv")
+        axis = contracted(weight.value.ndim, call.transposed)
+        reason = _why_float_conv(rule, x, weight, axis)
+        if reason:
+            if self.strict and rule is not None and rule.weight is not None:
+                raise ValueError(
+                    f"strict: {path} (conv) cannot run in INT8: {reason}. Leave it in float with Rule({path!r}, weight=None) "
+                    "before the other rules, or leave strict off"
+                )
+            self.record_conv(path, call, weight, "float", "", reason)
+            return float_call()
+        assert rule is not None and rule.weight is not None
+        if not (call.transposed and call.groups > 1):
+            weight = self.packed(weight, axis, rule.weight.granularity)
+        batched = x if x.ndim == call.dims + 2 else x.unsqueeze(0)
+        impl = "reference" if rule.compute == "simulate" else ""
+        if (self.receipt is not None or self.strict) and not torch.compiler.is_dynamo_compiling():
+            ran_as = "reference" if impl else "dequantized" if rule.activation is None else self._conv_implementation(batched, call)
+            if self.strict and ran_as == "reference" and rule.compute == "int8":
+                raise ValueError(
+                    f"strict: {path} (conv) has no INT8 kernel for {x.dtype} on {x.device}: only the plain-torch reference can run it. "
+                    "Register one with teint8.ops.register, ask for Rule(compute='simulate'), or leave strict off"
+                )
+            self.record_conv(path, call, weight, ran_as, mode_of(rule), "")
+        self.replay_in_checkpoints()
+        activation = rule.activation
+        y = ops.conv(
+            batched,
+            weight.value,
+            self.plain(call.bias),
+            **call.how,
+            weight_granularity=rule.weight.granularity,
+            activation=None if activation is None else activation.granularity,
+            static=activation is not None and activation.scale == "static",
+            gradient=None if rule.gradient is None else rule.gradient.rounding,
+            wgrad=rule.wgrad,
+            impl=impl,
+            dtype=_autocast_dtype(x),
+            shared=self.shared,
+        )
+        return y if batched is x else y.squeeze(0)
+
+    def _conv_implementation(self, x: Any, call: Convolution) -> str:
+        size = ops.conv_problem(x, call.w.shape, _autocast_dtype(x) or x.dtype, **call.how)
+        return ops.select("conv", ops.Problem(*size[:2], *map(_torch.number, size[2:]))).name
+
+    def record_conv(self, path: str, call: Convolution, weight: Operand, ran_as: str, mode: str, reason: str) -> None:
+        """Note one convolution on the receipt: M counts its windows, batch its groups."""
+        if self.receipt is None or torch.compiler.is_dynamo_compiling():
+            return
+        sizes: tuple[Any, ...] = (0, 0, 0, call.groups)
+        if call.x.ndim > call.dims:
+            batched = call.x if call.x.ndim == call.dims + 2 else call.x.unsqueeze(0)
+            m, n, k = ops.conv_problem(batched, weight.value.shape, torch.float32, **call.how)[3:]
+            sizes = (m, n, k, call.groups)
+        self.receipt.add((path, "conv", *map(_torch.number, sizes), ran_as, mode, reason))
+
     def stays_float(self, weight: Operand, op: str, reason: str) -> None:
         """Note that a call, of which only the weight is known, stays float; in strict mode raise, where a rule is for it."""
         path = self.path(weight)
@@ -250,6 +313,23 @@ def _why_float(op: str, rule: Rule | None, x: Any, weight: Operand, axis: int) -
     if not value.is_floating_point():
         return f"the weight is {value.dtype}"
     return shapes.why_not(x, value)
+
+
+def _why_float_conv(rule: Rule | None, x: Any, weight: Operand, axis: tuple[int, ...]) -> str:
+    """The reason why a convolution stays float, or ""."""
+    if rule is None or rule.weight is None:
+        return "no rule matches" if rule is None else "its rule leaves the weight in float"
+    value = weight.value
+    for name, t in (("activation", x), ("weight", value)):
+        if not t.dtype.is_floating_point:
+            return f"the {name} is {t.dtype}"
+        if isinstance(t, Tensor) and (t.layout is not torch.strided or t.is_nested):
+            return f"an operand is {t.layout}{' and nested' if t.is_nested else ''}"
+    if x.dtype != value.dtype:
+        return f"the activation is {x.dtype}, the weight {value.dtype}"
+    if isinstance(value, QTensor) and value.axis != axis:
+        return "the weight was packed for another kind of convolution"
+    return ""
 
 
 def _why_not_grouped(rule: Rule | None) -> str:
