@@ -107,6 +107,8 @@ EPILOGUE(f32)
 EPILOGUE(bf16)
 EPILOGUE(f16)
 
+#include "cpu_conv.h"
+
 #ifdef __AVX512BW__
 #include <immintrin.h>
 #include <omp.h>

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,6 +115,43 @@ def epilogue(sums: Tensor, x_scale: Tensor, w_scale: Tensor, bias: Tensor | None
     )
 
 
+def channels(x: Tensor, codes: Tensor, scales: Tensor) -> None:
+    """Fill codes (B, P, C), contiguous, and scales (B, C) from x (B, P, C), whose channels are contiguous: a scale for each channel."""
+    batch, pixels, count = x.shape
+    _function(f"channels_{DTYPES[x.dtype]}")(
+        x.data_ptr(), x.stride(0), x.stride(1), codes.data_ptr(), scales.data_ptr(), batch, pixels, count, _threads(x.numel())
+    )
+
+
+def _window(x: Tensor, kernel: tuple[int, int], out: tuple[int, int], *where: tuple[int, int]) -> Any:
+    """``window`` of cpu_conv.h: strides, zeros before, dilations are two numbers each."""
+    return (ctypes.c_int64 * 14)(*x.shape, *out, *kernel, *(number for pair in where for number in pair))
+
+
+def depthwise(
+    x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, y: Tensor, kernel: tuple[int, int], *where: Any
+) -> None:
+    """Fill y (B, H', W', C) from codes (B, H, W, C), scales (B, C), taps (kernel, C), scales (C) and bias (C); all contiguous."""
+    zeros = torch.zeros(x.shape[-1], dtype=torch.int8)
+    window = _window(x, kernel, tuple(y.shape[1:3]), *where)
+    _function(f"depthwise_{DTYPES[y.dtype]}")(
+        x.data_ptr(),
+        x_scale.data_ptr(),
+        w.data_ptr(),
+        w_scale.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        window,
+        zeros.data_ptr(),
+        _threads(y.numel()),
+    )
+
+
+def windows(x: Tensor, rows: Tensor, kernel: tuple[int, int], out: tuple[int, int], *where: Any) -> None:
+    """Fill rows (B * H' * W', kernel * C) with what each window sees of codes (B, H, W, C), contiguous."""
+    _function("windows_i8")(x.data_ptr(), rows.data_ptr(), _window(x, kernel, out, *where), _threads(rows.numel()))
+
+
 def _threads(elements: int) -> int:
     return 1 if elements < _ALONE else torch.get_num_threads()
 
@@ -128,6 +166,9 @@ def _function(name: str) -> Callable[..., None]:
     function.argtypes = {
         "quantize": [pointer, size, pointer, pointer, size, size, pointer, size, pointer, number],
         "epilogue": [*[pointer] * 5, size, size, number],
+        "channels": [pointer, size, size, pointer, pointer, size, size, size, number],
+        "depthwise": [*[pointer] * 8, number],
+        "windows": [*[pointer] * 3, number],
         "linear": [pointer, pointer, size, *[pointer] * 7, size, size, size, size, number],
     }[name.split("_")[-2]]
     function.restype = None
@@ -151,7 +192,7 @@ def _load() -> ctypes.CDLL | str:
 
 
 def _build(compiler: str) -> pathlib.Path | str:
-    source = _SOURCE.read_bytes()
+    source = _SOURCE.read_bytes() + _SOURCE.with_name("cpu_conv.h").read_bytes()
     key = hashlib.sha256(source + repr((compiler, _FLAGS, platform.machine(), _cpu())).encode()).hexdigest()[:16]
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")) / "teint8"
     library = cache / f"cpu_rows-{key}.so"

@@ -1,6 +1,6 @@
 """INT8 ops on plain tensors, and the registry of their implementations."""
 
-from teint8.ops import cpu, cuda
+from teint8.ops import cpu, cpu_conv, cuda
 from teint8.ops.activate import activate
 from teint8.ops.conv import conv, conv_problem
 from teint8.ops.grouped import grouped_linear
@@ -12,6 +12,7 @@ from teint8.ops.raw_both import quantize_both
 from teint8.ops.registry import Implementation, Problem, implementations, register, select
 
 cpu.register_all()
+cpu_conv.register_all()
 cuda.register_all()
 
 __all__ = [

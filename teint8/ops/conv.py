@@ -1,9 +1,9 @@
 """INT8 convolutions of one to three dimensions, transposed ones too, with their straight-through derivatives in float or in INT8.
 
 Channels come last inside, so that what a window sees lies together: an activation (B, C, *S) has codes (B, *S, C) and a scale for each
-sample, a weight (N, C / groups, *kernel) has codes (N, *kernel, C / groups) and a scale for each output channel. A transposed convolution
-is a plain one over its input with zeros in between, and so is the gradient of a convolution by its input; the gradient by the weight is
-one in which channels and samples change places.
+sample and group, a weight (N, C / groups, *kernel) has codes (N, *kernel, C / groups) and a scale for each output channel. A transposed
+convolution is a plain one over its input with zeros in between, and so is the gradient of a convolution by its input; the gradient by the
+weight is one in which channels and samples change places. A kernel of one pixel makes a linear of pixels, each with a scale of its own.
 """
 
 import math
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from teint8 import _torch, numerics
-from teint8.ops.linear import differentiates, keeps
+from teint8.ops.linear import differentiates, keeps, linear
 from teint8.ops.raw import quantize
-from teint8.ops.raw_conv import Window, int8_conv
+from teint8.ops.raw_conv import Window, int8_conv, quantize_channels
 from teint8.ops.registry import Problem
 from teint8.ops.shared import Shared
 from teint8.ops.straight import hat, no_second_derivative, unclipped
@@ -127,12 +127,18 @@ def contracted(ndim: int, transposed: bool) -> tuple[int, ...]:
     return tuple(i - ndim for i in range(ndim) if i != (1 if transposed else 0))
 
 
-def activation_codes(x: Tensor, activation: str, scale: Tensor | None, impl: str) -> Codes:
-    """Codes (B, *S, C) and scales (B) of x (B, C, *S)."""
-    last = x.detach().movedim(1, -1)
-    whole = last.ndim if activation == "tensor" else last.ndim - 1
-    codes, scales = quantize(last, scale=scale, group_dims=whole, impl=impl)
-    return codes, scales[(slice(None), *[0] * (last.ndim - 2))]
+def activation_codes(x: Tensor, activation: str, scale: Tensor | None, groups: int, impl: str, seed: Tensor | None = None) -> Codes:
+    """Codes (B, *S, C) and scales (B, V) of x (B, C, *S): V is the number of groups, or 1 where one scale is for all."""
+    if activation == "tensor" or scale is not None or groups == 1:
+        last = x.detach().movedim(1, -1)
+        whole = last.ndim if activation == "tensor" else last.ndim - 1
+        codes, scales = quantize(last, seed=seed, scale=scale, group_dims=whole, impl=impl)
+        return codes, scales[(slice(None), *[0] * (last.ndim - 2))].unsqueeze(1)
+    if groups == x.shape[1] and seed is None:
+        return quantize_channels(x.detach().movedim(1, -1), impl)
+    last = x.detach().unflatten(1, (groups, -1)).movedim(2, -1)
+    codes, scales = quantize(last, seed=seed, group_dims=last.ndim - 2, impl=impl)
+    return codes.movedim(1, -2).flatten(-2), scales[(slice(None), slice(None), *[0] * (last.ndim - 3))]
 
 
 def _by_channel(x: Tensor, seed: Tensor | None, impl: str) -> Codes:
@@ -155,7 +161,7 @@ def _spread(codes: Tensor, stride: Sequence[int]) -> Tensor:
 def _multiply(x: Codes, w: Codes, bias: Tensor | None, shape: Shape, dtype: torch.dtype, impl: str) -> Tensor:
     """(B, N, *S') from codes, channels last in memory."""
     xq = _spread(x[0], shape.stride) if shape.transposed else x[0]
-    return int8_conv(xq, x[1].unsqueeze(1), *w, bias, shape.window(w[0].shape[1:-1]), dtype, impl).movedim(-1, 1)
+    return int8_conv(xq, x[1], *w, bias, shape.window(w[0].shape[1:-1]), dtype, impl).movedim(-1, 1)
 
 
 def _wgrad(inputs: Codes, outputs: Codes, shape: Shape, kernel: Sequence[int], dtype: torch.dtype, impl: str) -> Tensor:
@@ -210,7 +216,8 @@ class _Instead(torch.autograd.Function):
 def _x_hat(x: Tensor | None, codes: Tensor, scale: Tensor, clipped: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Values (B, C, *S) of codes (B, *S, C); they move with x where it is given."""
     q = codes.movedim(-1, 1)
-    return hat(x, q, scale.view(-1, *[1] * (q.ndim - 2)).expand(q.shape[:-1]), clipped, dtype)
+    scales = scale.repeat_interleave(q.shape[1] // scale.shape[1], 1)
+    return hat(x, q, scales.view(*q.shape[:2], *[1] * (q.ndim - 3)).expand(q.shape[:-1]), clipped, dtype)
 
 
 def _w_hat(w: Tensor | None, codes: Tensor, scale: Tensor, shape: Shape, dtype: torch.dtype) -> Tensor:
@@ -303,7 +310,7 @@ def _gradients(ctx: Any, g: Tensor) -> list[Tensor | None]:
         w_hat = _w_hat(w, wq, ws, shape, g.dtype) if in_float[0] else g.new_empty(1).expand(w_shape)
         grads = _float_backward(g, x_hat, w_hat, shape, in_float)
     if int8_x:
-        gq = activation_codes(g, "row", None, how.impl) if seed is None else _seeded(g, seed, how.impl)
+        gq = activation_codes(g, "row", None, shape.groups, how.impl, seed)
         weight = _from_rows(wq.float() * ws.view(-1, *[1] * (wq.ndim - 1)), shape.transposed, shape.groups) if w is None else w.detach()
         back = shape.adjoint(ctx.sizes[2:], kernel)
         codes = kernel_codes(weight, "row", back.transposed, shape.groups, how.impl)
@@ -323,12 +330,6 @@ def _instead(moves: Tensor | None, value: Tensor, how: _How) -> Tensor:
     return y
 
 
-def _seeded(g: Tensor, seed: Tensor, impl: str) -> Codes:
-    last = g.detach().movedim(1, -1)
-    codes, scales = quantize(last, seed=seed, group_dims=last.ndim - 1, impl=impl)
-    return codes, scales[(slice(None), *[0] * (last.ndim - 2))]
-
-
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]  # as for the linear: Dynamo must not trace the Function
 def _conv(
     x: Tensor,
@@ -346,7 +347,7 @@ def _conv(
 ) -> Tensor:
     """The convolution of operands that fit, its weight already quantized, and its activation perhaps."""
     shape = Shape(*shape)
-    xq, xs = activation_codes(x, activation, scale, impl) if x_codes is None else x_codes
+    xq, xs = activation_codes(x, activation, scale, shape.groups, impl) if x_codes is None else x_codes
     last = _is_channels_last(x)
     if not differentiates(x, w, bias):
         how = _How(shape, dtype, "", "", impl, False, last)
@@ -392,9 +393,9 @@ def conv(
 ) -> Tensor:
     """``F.conv1d``, ``conv2d``, ``conv3d`` or the transposed ones in INT8 by the numerics contract, with STE derivatives.
 
-    ``y = (float32(sum of codes of a window) * w_scale) * x_scale + bias``, cast to the dtype of x: a scale for each sample, and one for
-    each output channel, so that a sample's result does not depend on the others of its batch. In INT8 the gradient is quantized by sample
-    for dX, and by channel, as x is, for dW.
+    ``y = (float32(sum of codes of a window) * w_scale) * x_scale + bias``, cast to the dtype of x: a scale for each sample and group, and
+    one for each output channel, so that a sample's result does not depend on the others of its batch. In INT8 the gradient is quantized
+    as x is for dX, and both by channel for dW. With a kernel of one pixel and no groups or padding, it is ``linear`` of the pixels.
 
     Args:
         x: (B, C, *S), one to three spatial dimensions, float32, bfloat16, float16 or float64.
@@ -403,7 +404,7 @@ def conv(
         stride, padding, dilation, groups, output_padding: as in torch, padding "same" and "valid" too.
         transposed: ``F.conv_transpose1d``, 2d or 3d.
         weight_granularity: "row" for a scale for each output channel, "tensor" for one in all, for a float weight.
-        activation: "row" for a scale a sample, "tensor" for one in all, None for a float activation (W8A16).
+        activation: "row" for a scale for each sample and group (each pixel where the kernel is one), "tensor" for one in all, None for a float activation (W8A16).
         static: take the activation's scale from ``weight.activation_scale`` (a QTensor's).
         gradient: None for a float backward, "nearest" or "stochastic" for an INT8 one.
         wgrad: "int8" or "float" for dW, where gradient is given.
@@ -430,6 +431,13 @@ def conv(
     x, shape = _shape_of(x, weight.shape[2:], stride, padding, dilation, groups, transposed, output_padding)
     _check_sizes(x, weight, shape)
     dtype = dtype or x.dtype
+    if _is_pointwise(weight.shape[2:], shape):
+        flat = QTensor(weight.codes.flatten(1), weight.scale.flatten(1), weight.activation_scale, weight.dtype) if packed else w.flatten(1)  # type: ignore[union-attr]
+        y = linear(
+            x[(..., *(slice(None, None, step) for step in shape.stride))].movedim(1, -1), flat, bias, impl=impl, dtype=dtype,
+            weight_granularity=weight_granularity, activation=activation, static=static, gradient=gradient, wgrad=wgrad,
+        ).movedim(-1, 1)  # fmt: skip
+        return y if _is_channels_last(x) else y.contiguous()
     if activation is None:
         w_hat = (
             packed.dequantize()
@@ -450,24 +458,30 @@ def conv(
             )
     x_codes = None
     if shared is not None and activation == "row" and scale is None:
-        x_codes = shared.codes(x, ("conv", impl), lambda: activation_codes(x, "row", None, impl))
+        x_codes = shared.codes(x, ("conv", groups, impl), lambda: activation_codes(x, "row", None, groups, impl))
     return _conv(x, w, bias, x_codes, codes, activation, scale, tuple(shape), gradient or "", wgrad, impl, dtype)
+
+
+def _is_pointwise(kernel: Sequence[int], shape: Shape) -> bool:
+    """Whether each pixel is a row of its own."""
+    return all(k == 1 for k in kernel) and shape.groups == 1 and not shape.transposed and not any(shape.padding)
 
 
 def conv_problem(
     x: Tensor, kernel: Sequence[int], dtype: torch.dtype, *, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1,
     transposed: bool = False, output_padding: Any = 0,
-) -> Problem:  # fmt: skip
-    """The Problem that ``conv`` of x (B, C, *S) by a weight of this shape poses."""
-    nd = len(kernel) - 2
+) -> tuple[str, Problem]:  # fmt: skip
+    """The op that ``conv`` of x (B, C, *S) by a weight of this shape runs, and the Problem that it poses."""
+    nd, op = len(kernel) - 2, "conv"
     sizes = list(x.shape[2:])
     if padding == "same":
         padding, out = 0, sizes
     else:
         shape = _shape_of(x, kernel[2:], stride, padding, dilation, groups, transposed, output_padding)[1]
         out = list(shape.out(sizes, kernel[2:]))
+        op = "int8_mm" if _is_pointwise(kernel[2:], shape) else "conv"
     n, c = (kernel[1], kernel[0] // groups) if transposed else (kernel[0] // groups, kernel[1])
-    return Problem(x.device.type, dtype, groups, x.shape[0] * math.prod(out[:nd]), n, c * math.prod(kernel[2:]))
+    return op, Problem(x.device.type, dtype, groups, x.shape[0] * math.prod(out[:nd]), n, c * math.prod(kernel[2:]))
 
 
 def _check(x: Tensor, weight: Tensor | QTensor, bias: Tensor | None, groups: int, transposed: bool) -> None:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from teint8 import numerics
 from teint8.ops import registry
 from teint8.ops.raw import DTYPES, NAMES, direct, front
 from teint8.ops.registry import Problem
@@ -38,6 +39,65 @@ class Window(NamedTuple):
         """Spatial sizes of the result."""
         each = zip(sizes, kernel, self.stride, self.padding[::2], self.padding[1::2], self.dilation, strict=True)
         return tuple((s + before + behind - d * (k - 1) - 1) // step + 1 for s, k, step, before, behind, d in each)
+
+
+_library.define("quantize_channels(Tensor x, str impl) -> (Tensor, Tensor)")
+
+
+def quantize_channels(x: Tensor, impl: str = "") -> tuple[Tensor, Tensor]:
+    """Codes (B, *S, C), contiguous, and scales (B, C) of x (B, *S, C): each channel of a sample has a scale; no gradient flows.
+
+    Example:
+        >>> codes, scale = quantize_channels(torch.tensor([[[1.0, 4.0], [2.0, 1.0]]]))
+        >>> codes.tolist()
+        [[[64, 127], [127, 32]]]
+
+    """
+    op = _quantize_channels if direct(x) else torch.ops.teint8.quantize_channels
+    codes, scales = op(x, impl)
+    return codes, scales
+
+
+def _quantize_channels(x: Tensor, impl: str) -> tuple[Tensor, Tensor]:
+    batch, channels = x.shape[0], x.shape[-1]
+    if x.numel() == 0:
+        return torch.empty(x.shape, dtype=torch.int8, device=x.device), x.new_zeros((batch, channels), dtype=torch.float32)
+    flat = x.detach().reshape(batch, -1, channels)
+    problem = Problem(x.device.type, x.dtype, 1, batch, flat.shape[1], channels)
+    codes, scales = registry.select("quantize_channels", problem, impl).run(flat)
+    return codes.view(x.shape), scales
+
+
+def _channels_by(quantize: Any) -> Any:
+    """Each channel as a row, which ``quantize`` quantizes as it is registered."""
+
+    def run(x: Tensor) -> tuple[Tensor, Tensor]:
+        rows = x.mT.reshape(-1, x.shape[1])
+        codes, scales = quantize(rows, None, None)
+        return codes.view(x.mT.shape).mT.contiguous(), scales.view(x.shape[0], x.shape[2])
+
+    return run
+
+
+def _best_quantize(x: Tensor, seed: Tensor | None, scale: Tensor | None) -> Any:
+    return registry.select("quantize", Problem(x.device.type, x.dtype, 1, x.shape[0], 0, x.shape[1])).run(x, seed, scale)
+
+
+registry.register("quantize_channels", "reference", _channels_by(lambda x, seed, scale: numerics.quantize(x)))
+registry.register("quantize_channels", "composed", _channels_by(_best_quantize), priority=5)
+_library.impl("quantize_channels", _quantize_channels, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("teint8::quantize_channels", lib=_library)  # type: ignore[untyped-decorator]
+def _quantize_channels_fake(x: Tensor, impl: str) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty((x.shape[0], x.shape[-1]), dtype=torch.float32)
+
+
+@torch.library.register_vmap("teint8::quantize_channels", lib=_library)  # type: ignore[untyped-decorator]
+def _quantize_channels_vmap(info: Any, in_dims: Any, x: Tensor, impl: str) -> Any:
+    x = x.movedim(in_dims[0], 0)
+    codes, scales = torch.ops.teint8.quantize_channels(x.flatten(0, 1), impl)
+    return (codes.view(x.shape), scales.view(*x.shape[:2], -1)), (0, 0)
 
 
 def int8_conv(

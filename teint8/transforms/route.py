@@ -252,8 +252,8 @@ class Route(TorchFunctionMode):
         return y if batched is x else y.squeeze(0)
 
     def _conv_implementation(self, x: Any, call: Convolution) -> str:
-        size = ops.conv_problem(x, call.w.shape, _autocast_dtype(x) or x.dtype, **call.how)
-        return ops.select("conv", ops.Problem(*size[:2], *map(_torch.number, size[2:]))).name
+        op, size = ops.conv_problem(x, call.w.shape, _autocast_dtype(x) or x.dtype, **call.how)
+        return ops.select(op, ops.Problem(*size[:2], *map(_torch.number, size[2:]))).name
 
     def record_conv(self, path: str, call: Convolution, weight: Operand, ran_as: str, mode: str, reason: str) -> None:
         """Note one convolution on the receipt: M counts its windows, batch its groups."""
@@ -262,7 +262,7 @@ class Route(TorchFunctionMode):
         sizes: tuple[Any, ...] = (0, 0, 0, call.groups)
         if call.x.ndim > call.dims:
             batched = call.x if call.x.ndim == call.dims + 2 else call.x.unsqueeze(0)
-            m, n, k = ops.conv_problem(batched, weight.value.shape, torch.float32, **call.how)[3:]
+            m, n, k = ops.conv_problem(batched, weight.value.shape, torch.float32, **call.how)[1][3:]
             sizes = (m, n, k, call.groups)
         self.receipt.add((path, "conv", *map(_torch.number, sizes), ran_as, mode, reason))
 

@@ -1,0 +1,104 @@
+"""CPU implementations of convolutions: windows and depthwise products in C, where a compiler is at hand."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from teint8.kernels import cpu_rows
+from teint8.ops import registry
+from teint8.ops.raw_conv import Window
+from teint8.ops.registry import Problem, register
+
+_CHUNK = 1 << 23  # bytes of what windows see that are made at once
+
+
+def _in_two(sizes: tuple[int, ...], fill: int) -> tuple[int, int]:
+    """Numbers for two dimensions, of one or two."""
+    return (fill, sizes[0]) if len(sizes) == 1 else (sizes[0], sizes[1])
+
+
+def _where(window: Window) -> tuple[tuple[int, int], ...]:
+    return _in_two(window.stride, 1), _in_two(window.padding[::2], 0), _in_two(window.dilation, 1)
+
+
+def _in_images(xq: Tensor) -> Tensor:
+    """Codes (B, H, W, C), contiguous."""
+    return (xq.unsqueeze(1) if xq.ndim == 3 else xq).contiguous()
+
+
+def _float32(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.detach().float().contiguous()
+
+
+def _conv_c(xq: Tensor, xs: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None, window: Window, dtype: torch.dtype) -> Tensor:
+    """What windows see as rows of codes, some samples at a time, by the best matmul."""
+    out = window.out(xq.shape[1:-1], wq.shape[1:-1])
+    kernel, size = _in_two(wq.shape[1:-1], 1), _in_two(out, 1)
+    x, n, k = _in_images(xq), wq.shape[0], wq[0].numel()
+    pixels = size[0] * size[1]
+    each = max(_CHUNK // (pixels * k), 1)
+    parts = []
+    for i in range(0, x.shape[0], each):
+        some = x[i : i + each]
+        rows = torch.empty(some.shape[0] * pixels, k, dtype=torch.int8)
+        cpu_rows.windows(some, rows, kernel, size, *_where(window))
+        scales = xs[i : i + each].expand(-1, pixels).reshape(1, -1)
+        run = registry.select("int8_mm", Problem("cpu", dtype, 1, rows.shape[0], n, k)).run
+        b = None if bias is None else bias.unsqueeze(0)
+        parts.append(run(rows.unsqueeze(0), scales, wq.reshape(1, n, k), ws.unsqueeze(0), b, dtype))
+    y = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    return y.view(x.shape[0], *out, n)
+
+
+def _depthwise(xq: Tensor, xs: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None, window: Window, dtype: torch.dtype) -> Tensor:
+    """A kernel for each channel; what has more channels in a group goes by patches."""
+    if wq.shape[-1] != 1:
+        y: Tensor = next(i for i in registry.implementations("conv") if i.name == "patches").run(xq, xs, wq, ws, bias, window, dtype)
+        return y
+    out = window.out(xq.shape[1:-1], wq.shape[1:-1])
+    x, channels = _in_images(xq), wq.shape[0]
+    made = torch.empty(x.shape[0], *_in_two(out, 1), channels, dtype=dtype)
+    taps = wq.reshape(channels, -1).t().contiguous()
+    scales = xs.expand(-1, channels).contiguous()
+    cpu_rows.depthwise(x, scales, taps, ws.contiguous(), _float32(bias), made, _in_two(wq.shape[1:-1], 1), *_where(window))
+    return made.view(x.shape[0], *out, channels)
+
+
+def _channels(x: Tensor) -> tuple[Tensor, Tensor]:
+    x = x if x.stride(2) == 1 else x.contiguous()
+    codes, scales = torch.empty(x.shape, dtype=torch.int8), torch.empty(x.shape[0], x.shape[2])
+    cpu_rows.channels(x, codes, scales)
+    return codes, scales
+
+
+def _why_not(problem: Problem) -> str | None:
+    return f"it has no {problem.dtype}" if problem.dtype not in cpu_rows.DTYPES else cpu_rows.why_not()
+
+
+def _conv_why_not(problem: Problem) -> str | None:
+    return f"the channels are in {problem.batch} groups" if problem.batch > 1 else _why_not(problem)
+
+
+def _depthwise_why_not(problem: Problem) -> str | None:
+    return "it is for one channel in each group" if problem.batch == 1 or problem.n > 1 else _why_not(problem)
+
+
+def register_all() -> None:
+    """Register the CPU's convolutions."""
+    register("conv", "cpu-c", _flat(_conv_c), device="cpu", priority=20, why_not=_conv_why_not)
+    register("conv", "cpu-depthwise", _flat(_depthwise), device="cpu", priority=20, why_not=_depthwise_why_not)
+    register("quantize_channels", "cpu-c", _channels, device="cpu", priority=20, why_not=_why_not)
+
+
+def _flat(run: Any) -> Any:
+    """One or two spatial dimensions; three go by patches."""
+
+    def flat(xq: Tensor, *args: Any) -> Tensor:
+        if xq.ndim > 4:
+            run_patches = next(i for i in registry.implementations("conv") if i.name == "patches").run
+            y: Tensor = run_patches(xq, *args)
+            return y
+        return run(xq, *args)  # type: ignore[no-any-return]
+
+    return flat
