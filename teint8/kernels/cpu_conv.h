@@ -61,9 +61,55 @@ static inline int64_t column_of(const window *v, int64_t ow, int64_t kw)
     return w < v->width ? w : -1;
 }
 
+/* Where the pair of taps of a channel of 32 lies: unpacking takes four channels of each 128 bits first, then the other four. */
+static inline int place_of(int c) { return c % 8 / 4 * 32 + c / 8 * 8 + c % 4 * 2; }
+
+/* sums[c] of the products of CHANNELS channels or fewer (count), weights in pairs of taps as pair_taps lays them. */
+#ifdef __AVX512VNNI__
+#include <immintrin.h>
+static inline void depthwise_sums(const int8_t *const *at, const int16_t *w, int64_t first, int64_t taps, int64_t count, int32_t *sums)
+{
+    for (int64_t c = 0; c < count; c += 32, w += (taps + 1) / 2 * 64) {
+        const __mmask32 mask = count - c >= 32 ? ~0u : (1u << (count - c)) - 1;
+        __m512i low = _mm512_setzero_si512(), high = low;
+        for (int64_t t = 0; t < taps; t += 2) {
+            __m512i a = _mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8(mask, at[t] + first + c));
+            __m512i b = _mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8(mask, at[t + 1 < taps ? t + 1 : t] + first + c));
+            /* in each 128 bits the first four channels, or the last four: two taps of a channel side by side */
+            low = _mm512_dpwssd_epi32(low, _mm512_unpacklo_epi16(a, b), _mm512_loadu_si512(w + t * 32));
+            high = _mm512_dpwssd_epi32(high, _mm512_unpackhi_epi16(a, b), _mm512_loadu_si512(w + t * 32 + 32));
+        }
+        const __m512i front = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), back = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+        _mm512_storeu_si512(sums + c, _mm512_permutex2var_epi64(low, front, high));
+        _mm512_storeu_si512(sums + c + 16, _mm512_permutex2var_epi64(low, back, high));
+    }
+}
+#else
+static inline void depthwise_sums(const int8_t *const *at, const int16_t *w, int64_t first, int64_t taps, int64_t count, int32_t *sums)
+{
+    memset(sums, 0, CHANNELS * sizeof *sums);
+    for (int64_t t = 0; t < taps; t += 2) {
+        const int8_t *a = at[t] + first, *b = at[t + 1 < taps ? t + 1 : t] + first;
+        for (int64_t c = 0; c < count; c++) {
+            const int16_t *u = w + c / 32 * ((taps + 1) / 2) * 64 + t * 32 + place_of(c % 32);
+            sums[c] += a[c] * u[0] + b[c] * u[1];
+        }
+    }
+}
+#endif
+
+/* Weights (taps, channels) in blocks of 32 channels and pairs of taps; zeros beyond the last tap and channel. */
+void taps_i8(const int8_t *w, int16_t *out, int64_t taps, int64_t channels)
+{
+    const int64_t pairs = (taps + 1) / 2;
+    for (int64_t c = 0; c < (channels + 31) / 32 * 32; c++)
+        for (int64_t t = 0; t < 2 * pairs; t++)
+            out[(c / 32 * pairs + t / 2) * 64 + place_of(c % 32) + t % 2] = t < taps && c < channels ? w[t * channels + c] : 0;
+}
+
 #define DEPTHWISE(T)                                                                                                             \
-    /* y (batch, out pixels, channels) from codes and weights (taps, channels): one kernel a channel. zeros: channels of them. */ \
-    void depthwise_##T(const int8_t *x, const float *x_scale, const int8_t *w, const float *w_scale, const float *bias, T *y,    \
+    /* y (batch, out pixels, channels) from codes and weights as taps_i8 lays them: one kernel a channel.  zeros: channels of them. */ \
+    void depthwise_##T(const int8_t *x, const float *x_scale, const int16_t *w, const float *w_scale, const float *bias, T *y,   \
                        const window *v, const int8_t *zeros, int threads)                                                        \
     {                                                                                                                            \
         const int64_t taps = v->kernel_height * v->kernel_width, channels = v->channels;                                         \
@@ -78,10 +124,9 @@ static inline int64_t column_of(const window *v, int64_t ow, int64_t kw)
                 }                                                                                                                \
                 T *out = y + (row * v->out_width + ow) * channels;                                                               \
                 for (int64_t first = 0; first < channels; first += CHANNELS) {                                                   \
-                    int32_t sums[CHANNELS] = {0};                                                                                \
+                    int32_t sums[CHANNELS];                                                                                      \
                     const int64_t count = channels - first < CHANNELS ? channels - first : CHANNELS;                             \
-                    if (count == CHANNELS) depthwise_sums(at, w + first, first, taps, channels, CHANNELS, sums);                 \
-                    else depthwise_sums(at, w + first, first, taps, channels, count, sums);                                      \
+                    depthwise_sums(at, w + first / 32 * ((taps + 1) / 2) * 64, first, taps, count, sums);                        \
                     const float *s = x_scale + b * channels + first, *ws = w_scale + first;                                      \
                     if (bias)                                                                                                    \
                         for (int64_t c = 0; c < count; c++) out[first + c] = store_##T((float)sums[c] * ws[c] * s[c] + bias[first + c]); \
@@ -91,21 +136,6 @@ static inline int64_t column_of(const window *v, int64_t ow, int64_t kw)
             }                                                                                                                    \
         }                                                                                                                        \
     }
-
-/* Products of two taps fit in 16 bits: 2 * 127 * 127 < 2^15. */
-static inline __attribute__((always_inline)) void depthwise_sums(const int8_t *const *at, const int8_t *w, int64_t first, int64_t taps,
-                                                                 int64_t channels, int64_t count, int32_t *sums)
-{
-    int64_t t = 0;
-    for (; t + 1 < taps; t += 2) {
-        const int8_t *a = at[t] + first, *b = at[t + 1] + first, *u = w + t * channels, *v = u + channels;
-        for (int64_t c = 0; c < count; c++) sums[c] += (int16_t)((int16_t)a[c] * (int16_t)u[c] + (int16_t)b[c] * (int16_t)v[c]);
-    }
-    if (t < taps) {
-        const int8_t *a = at[t] + first, *u = w + t * channels;
-        for (int64_t c = 0; c < count; c++) sums[c] += (int16_t)((int16_t)a[c] * (int16_t)u[c]);
-    }
-}
 
 /* Rows (windows, taps * channels) of what each window sees, of codes (batch, height, width, channels). */
 void windows_i8(const int8_t *x, int8_t *rows, const window *v, int threads)

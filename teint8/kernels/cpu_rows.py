@@ -133,11 +133,14 @@ def depthwise(
 ) -> None:
     """Fill y (B, H', W', C) from codes (B, H, W, C), scales (B, C), taps (kernel, C), scales (C) and bias (C); all contiguous."""
     zeros = torch.zeros(x.shape[-1], dtype=torch.int8)
+    taps, channels = w.shape
+    pairs = torch.empty(-(-channels // 32) * -(-taps // 2) * 64, dtype=torch.int16)
+    _function("taps_i8")(w.data_ptr(), pairs.data_ptr(), taps, channels)
     window = _window(x, kernel, tuple(y.shape[1:3]), *where)
     _function(f"depthwise_{DTYPES[y.dtype]}")(
         x.data_ptr(),
         x_scale.data_ptr(),
-        w.data_ptr(),
+        pairs.data_ptr(),
         w_scale.data_ptr(),
         None if bias is None else bias.data_ptr(),
         y.data_ptr(),
@@ -168,6 +171,7 @@ def _function(name: str) -> Callable[..., None]:
         "epilogue": [*[pointer] * 5, size, size, number],
         "channels": [pointer, size, size, pointer, pointer, size, size, size, number],
         "depthwise": [*[pointer] * 8, number],
+        "taps": [pointer, pointer, size, size],
         "windows": [*[pointer] * 3, number],
         "linear": [pointer, pointer, size, *[pointer] * 7, size, size, size, size, number],
     }[name.split("_")[-2]]

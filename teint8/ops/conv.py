@@ -314,7 +314,10 @@ def _gradients(ctx: Any, g: Tensor) -> list[Tensor | None]:
         weight = _from_rows(wq.float() * ws.view(-1, *[1] * (wq.ndim - 1)), shape.transposed, shape.groups) if w is None else w.detach()
         back = shape.adjoint(ctx.sizes[2:], kernel)
         codes = kernel_codes(weight, "row", back.transposed, shape.groups, how.impl)
-        grads[0] = _instead(grads[0], _multiply(gq, codes, None, back, g.dtype, how.impl), how)
+        dx = _multiply(gq, codes, None, back, g.dtype, how.impl)
+        for i, size in enumerate(ctx.sizes[2:], 2):  # an output padding of a stride or more would be seen by more inputs
+            dx = dx.narrow(i, 0, size)
+        grads[0] = _instead(grads[0], dx, how)
     if int8_w:
         gt = _by_channel(g, None if seed is None else seed ^ 1, how.impl)
         pair = (gt, (xtq, xts)) if shape.transposed else ((xtq, xts), gt)

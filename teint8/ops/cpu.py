@@ -90,6 +90,11 @@ _scratch = _Scratch()
 _results = _Results()
 
 
+def results(m: int, n: int, dtype: torch.dtype) -> Tensor:
+    """Memory for a result (m, n), of unspecified content: this thread's own again, where nobody holds it any more."""
+    return _results.empty(m, n, dtype)
+
+
 def release() -> None:
     """Give back the scratch and the results' memory that this thread keeps."""
     _scratch.buffers.clear()

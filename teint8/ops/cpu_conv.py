@@ -1,5 +1,6 @@
 """CPU implementations of convolutions: windows and depthwise products in C, where a compiler is at hand."""
 
+import math
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from teint8.kernels import cpu_rows
 from teint8.ops import registry
+from teint8.ops.cpu import results
 from teint8.ops.raw_conv import Window
 from teint8.ops.registry import Problem, register
 
@@ -58,7 +60,7 @@ def _depthwise(xq: Tensor, xs: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | No
         return y
     out = window.out(xq.shape[1:-1], wq.shape[1:-1])
     x, channels = _in_images(xq), wq.shape[0]
-    made = torch.empty(x.shape[0], *_in_two(out, 1), channels, dtype=dtype)
+    made = results(x.shape[0] * math.prod(out), channels, dtype).view(x.shape[0], *_in_two(out, 1), channels)
     taps = wq.reshape(channels, -1).t().contiguous()
     scales = xs.expand(-1, channels).contiguous()
     cpu_rows.depthwise(x, scales, taps, ws.contiguous(), _float32(bias), made, _in_two(wq.shape[1:-1], 1), *_where(window))

@@ -40,11 +40,15 @@ class Convolution(NamedTuple):
         return int(self.how["groups"])
 
     def arguments(self) -> tuple[Any, ...]:
-        """What follows the tensors in a call of torch's."""
-        how = self.how
+        """What follows the tensors in a call of an aten op, which wants a number for each dimension."""
+
+        def each(name: str) -> Any:
+            value = self.how[name]
+            return value if isinstance(value, (str, tuple, list)) else [value] * self.dims
+
         if self.transposed:
-            return how["stride"], how["padding"], how["output_padding"], how["groups"], how["dilation"]
-        return how["stride"], how["padding"], how["dilation"], how["groups"]
+            return each("stride"), each("padding"), each("output_padding"), self.groups, each("dilation")
+        return each("stride"), each("padding"), each("dilation"), self.groups
 
 
 def read(func: Any, args: Any, kwargs: Any) -> Convolution:
