@@ -5,7 +5,7 @@ from teint8._version import __version__
 from teint8.autocast import te_int8_autocast
 from teint8.policy import Policy, Quant, Rule
 from teint8.qtensor import QTensor
-from teint8.transforms import Receipt, Record, explain, pack, quantize, unpack
+from teint8.transforms import Receipt, Record, correct_bias, explain, pack, quantize, unpack
 
 __all__ = [
     "Policy",
@@ -15,6 +15,7 @@ __all__ = [
     "Record",
     "Rule",
     "__version__",
+    "correct_bias",
     "explain",
     "numerics",
     "ops",

@@ -8,6 +8,7 @@ import torch
 import teint8
 from teint8 import ops
 from teint8.ops import registry
+from teint8.ops.raw_conv import Window
 
 
 def run() -> int:
@@ -71,6 +72,8 @@ def _arguments(op: str, device: str) -> tuple[Any, ...]:
         "activation": (x, u, u, "silu", True, True, True, True, seed),
         "mlp": (x[:2], (wq, ws), (wq, ws), down, (None, None, None), "silu"),
         "grouped_mm": (xq, xs, wq.expand(2, -1, -1), ws.expand(2, -1), torch.tensor([8, 30], device=device), x.dtype),
+        "conv": (xq.view(1, 33, 65), xs[:1, None], wq.view(17, 1, 65), ws, bias, Window((1,), (0, 0), (1,)), x.dtype),
+        "quantize_channels": (x[None],),
         "norm": (x, u, u[0], None, "rms", 1e-5, True, True),
     }[op]
 

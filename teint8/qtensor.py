@@ -59,7 +59,7 @@ class QTensor:
         axes = self.axis if isinstance(self.axis, tuple) else (self.axis,)
         if self.axis not in (-1, -2) and (not isinstance(self.axis, tuple) or len(axes) < 2 or not all(-5 <= a <= -1 for a in axes)):
             raise ValueError(
-                f"QTensor: axis is {self.axis!r}; it is -1 for a weight (..., N, K), -2 for (..., K, N), or for a convolution's a tuple "
+                f"QTensor: axis is {self.axis!r}; it is -1 for a weight (..., N, K), -2 for (..., K, N), for a convolution's a tuple "
                 "such as (-3, -2, -1)"
             )
         if self.codes.ndim < max(2, -min(axes)):

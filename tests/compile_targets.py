@@ -16,6 +16,7 @@ from triton.compiler import ASTSource
 
 from teint8.kernels import (
     activation_rows,
+    conv,
     dequantize,
     finish,
     gemv,
@@ -119,6 +120,12 @@ def kernels(arch: int) -> None:
             (grouped_mm._grouped_mm_kernel, "grouped_mm", dict(MOST_GROUPS=16), {"x_ptr": "*i8", "ends_ptr": "*i32"}),
         ):
             core(f"{name} long {tuple(c)}", arch, kernel, {**sizes, **more}, pointers, num_warps=c.warps, num_stages=c.stages)
+    for m in (16, 32, 128, 4096):
+        c = conv.tile_of(m)
+        for by_tap in (True, False):
+            sizes = dict(HAS_BIAS=True, BY_TAP=by_tap, BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, GROUP=8)
+            core(f"conv {by_tap} {tuple(c)}", arch, conv._conv_kernel, sizes, {"x_ptr": "*i8"}, num_warps=c.warps, num_stages=c.stages)
+    core("depthwise", arch, conv._depthwise_kernel, dict(HAS_BIAS=True, BLOCK_M=32, BLOCK_C=64), {"x_ptr": "*i8"}, num_warps=4)
     rows = dict(STOCHASTIC=False, STATIC=False, BLOCK_M=1, BLOCK_K=16384, ONE_BLOCK=True)
     core("quantize", arch, quantize._quantize_kernel, rows, num_warps=4)
     core("quantize stochastic", arch, quantize._quantize_kernel, {**rows, "STOCHASTIC": True}, num_warps=4)

@@ -38,7 +38,7 @@ def cell(program: str, transform: str, way: str, device: str) -> str:
     try:
         whole = transform not in ("backward", "checkpoint")  # torch.autograd.grad is a graph break
         got = torch.compile(lambda p, x: run(plain, p, x), fullgraph=whole, backend=backend, options=options)(given, x)
-    except Exception as error:  # noqa: BLE001  # the cell says which
+    except Exception as error:  # the cell says which
         text = " ".join(str(error).split())
         return f"raises: {type(error).__name__}: {text[:90]}"
     error = grid.relative_error(got, want)

@@ -47,7 +47,7 @@ CASES = {
     "gradient without activation": (lambda: Rule(activation=None, gradient=Quant()), ValueError, "needs INT8 activations"),
     "unknown compute": (lambda: Rule(compute="fp8"), ValueError, "'fp8'.*'int8', 'simulate'"),
     "unknown wgrad": (lambda: Rule(wgrad="none"), ValueError, "'none'.*'int8', 'float'"),
-    "unknown op": (lambda: Rule(ops=("conv",)), ValueError, "'conv'.*'linear', 'matmul'"),
+    "unknown op": (lambda: Rule(ops=("pool",)), ValueError, "'pool'.*'linear', 'matmul'"),
     "ops as a string": (lambda: Rule(ops="linear"), TypeError, r"'linear'.*\('linear',\)"),
     "path that is no string": (lambda: Rule(3), TypeError, "path is 3.*glob"),
     "weight that is no Quant": (lambda: Rule(weight="int8"), TypeError, r"'int8'.*Quant\(\.\.\.\) or None"),
@@ -92,7 +92,7 @@ CASES = {
         lambda: _strict(Policy.qat(), nn.Linear(24, 3, dtype=torch.complex64), X.to(torch.complex64)), ValueError, "weight=None"),
     "unknown implementation": (lambda: ops.linear(X, W, impl="cutlass"), ValueError, "'cutlass'.*'reference'"),
     "implementation of another device": (lambda: ops.linear(X, W, impl="triton"), ValueError, "runs on cuda, not on cpu"),
-    "registering for an unknown op": (lambda: registry.register("conv", "mine", print), ValueError, "'conv'.*'int8_mm'"),
+    "registering for an unknown op": (lambda: registry.register("pool", "mine", print), ValueError, "'pool'.*'int8_mm'"),
     "registering no function": (lambda: registry.register("int8_mm", "mine", 3), TypeError, "run is 3"),
     "attention of another width": (
         lambda: multi_head_attention_forward(None, *[torch.randn(3, 2, 8)] * 3, 16, 4, *[None] * 4, False, 0.0, W, None),

@@ -47,15 +47,15 @@ def _gpt2() -> Any:
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, **WORDS))
 
 
-# a model, its inputs, and how many projections it has (of Mixtral the experts of a layer are two grouped matmuls)
+# a model, its inputs, and how many projections and convolutions it has (of Mixtral the experts of a layer are two grouped matmuls)
 MODELS = {
     "llama": (_llama, lambda: {"input_ids": _ids(), "use_cache": False}, 15),
     "bert": (lambda: transformers.BertModel(transformers.BertConfig(**SIZES, **WORDS)), lambda: {"input_ids": _ids()}, 13),
     "gpt2": (_gpt2, lambda: {"input_ids": _ids(), "use_cache": False}, 9),
-    "vit": (_vit, lambda: {"pixel_values": torch.randn(2, 3, 32, 32)}, 13),
+    "vit": (_vit, lambda: {"pixel_values": torch.randn(2, 3, 32, 32)}, 14),
     "t5": (_t5, lambda: {"input_ids": _ids(), "decoder_input_ids": _ids(), "use_cache": False}, 33),
     "mixtral": (_mixtral, lambda: {"input_ids": _ids(), "use_cache": False}, 15),
-    "whisper": (_whisper, lambda: {"input_features": torch.randn(2, 8, 40)}, 12),
+    "whisper": (_whisper, lambda: {"input_features": torch.randn(2, 8, 40)}, 14),
 }
 
 

@@ -136,7 +136,7 @@ def depthwise(
     taps, channels = w.shape
     pairs = torch.empty(-(-channels // 32) * -(-taps // 2) * 64, dtype=torch.int16)
     _function("taps_i8")(w.data_ptr(), pairs.data_ptr(), taps, channels)
-    window = _window(x, kernel, tuple(y.shape[1:3]), *where)
+    window = _window(x, kernel, (y.shape[1], y.shape[2]), *where)
     _function(f"depthwise_{DTYPES[y.dtype]}")(
         x.data_ptr(),
         x_scale.data_ptr(),

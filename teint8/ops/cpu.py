@@ -15,7 +15,7 @@ from teint8.ops.registry import Problem, register
 _CHUNK = 128  # rows whose int32 sums are held at once: they stay in the L2 cache
 _CODES = 1 << 23  # bytes of codes that are multiplied in one call in C
 _VNNI_ROWS = 16
-_KEEP = 1 << 26  # bytes of scratch that a thread keeps, and of results
+_KEEP = 1 << 28  # bytes of scratch that a thread keeps, and of results
 _LEAST = 1 << 17  # bytes from which the C library asks the system for fresh pages
 
 

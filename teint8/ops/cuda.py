@@ -79,6 +79,18 @@ def _grouped_mm(*args: Any) -> Tensor:
     return grouped_mm.grouped_mm(*args)
 
 
+def _conv(*args: Any) -> Tensor:
+    from teint8.kernels import conv
+
+    return conv.conv(*args)
+
+
+def _conv_why_not(problem: Problem) -> str | None:
+    if problem.k > MAX_INT32_K:
+        return f"K is {problem.k}; its int32 sums hold K up to {MAX_INT32_K}"
+    return why_not_triton() if problem.device == "cuda" else _interpreter_why_not(problem)
+
+
 def _hopper(
     xq: Tensor, xs: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None, dtype: torch.dtype, residual: Tensor | None = None
 ) -> Tensor:
@@ -331,6 +343,8 @@ def register_all() -> None:
         register(op, "triton-interpreter", run, device="cpu", priority=-1, why_not=why_not, pairs=pairs)
     register("grouped_mm", "triton", _grouped_mm, device="cuda", priority=20, why_not=_why_not)
     register("grouped_mm", "triton-interpreter", _grouped_mm, device="cpu", priority=-1, why_not=_interpreter_why_not)
+    register("conv", "triton", _conv, device="cuda", priority=20, why_not=_conv_why_not)
+    register("conv", "triton-interpreter", _conv, device="cpu", priority=-1, why_not=_conv_why_not)
     register("norm", "triton", _norm, device="cuda", priority=20, why_not=_norm_why_not)
     register("norm", "triton-interpreter", _norm, device="cpu", priority=-1, why_not=_norm_why_not)
     register("linear", "triton", _linear, device="cuda", priority=20, why_not=_why_not)

@@ -202,7 +202,7 @@ def _check(x: Tensor, weight: Tensor | QTensor, ends: Tensor) -> None:
         raise TypeError(
             f"grouped_linear: x is {x.dtype}, weight {weight.dtype}, ends {ends.dtype}; one float dtype, and int32 or int64, are needed"
         )
-    axis = weight.axis if isinstance(weight, QTensor) else -1
+    axis: Any = weight.axis if isinstance(weight, QTensor) else -1
     if x.ndim != 2 or weight.ndim != 3 or x.shape[1] != weight.shape[axis] or ends.shape != weight.shape[:1]:
         raise ValueError(f"grouped_linear: {shapes} do not fit; (M, K), (G, N, K) and (G,) are needed")
     if not x.device == weight.device == ends.device:

@@ -27,8 +27,8 @@ Ops and what their implementations are called with (always these shapes; broadca
               ends[g] by weight g; 0 behind the last; batch is the number of groups.
 ``conv``      ``run(xq (B, *S, C), xs (B, V), wq (N, *kernel, C / groups), ws (N), bias (N) | None, window, dtype) -> (B, *S', N)``
               as ``ops.raw_conv.int8_conv``; m counts windows, batch groups, n and k the channels and products of one group.
-``quantize_channels``  ``run(x (B, P, C) float) -> codes int8 (B, P, C), scale float32 (B, C)``: as ``quantize`` of each channel over P; m
-              is B, n is P, k is C.
+``quantize_channels``  ``run(x (B, P, C) float) -> codes int8 (B, P, C), scale float32 (B, C)``: as ``quantize`` of each channel over P;
+              m is B, n is P, k is C.
 
 No size is 0: empty problems are answered before an implementation is looked for.
 """

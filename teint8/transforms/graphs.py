@@ -11,7 +11,7 @@ from teint8 import _torch
 from teint8.transforms import callsite
 from teint8.transforms.calls import FLOAT_ONLY, HANDLERS, know_transformers
 
-_OPERATORS = {operator.matmul: Tensor.matmul, operator.imatmul: Tensor.matmul}
+_OPERATORS: dict[Any, Any] = {operator.matmul: Tensor.matmul, operator.imatmul: Tensor.matmul}
 
 
 def has_matmuls(gm: fx.GraphModule) -> bool:
@@ -24,7 +24,7 @@ def function_of(n: fx.Node) -> Any:
     """What a node of a graph calls, as a route sees it; None for a node that is no call."""
     if n.op == "call_method":
         return getattr(Tensor, str(n.target), None)
-    return _OPERATORS.get(n.target, n.target) if n.op == "call_function" else None  # type: ignore[call-overload]
+    return _OPERATORS.get(n.target, n.target) if n.op == "call_function" else None
 
 
 def hidden_matmuls(gm: fx.GraphModule, n: fx.Node) -> list[fx.Node]:

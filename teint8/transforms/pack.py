@@ -9,7 +9,7 @@ import torch.utils._pytree as torch_pytree
 from torch import Tensor, nn
 
 from teint8 import _torch
-from teint8.ops.conv import contracted, packed_kernel
+from teint8.ops.conv_function import contracted, packed_kernel
 from teint8.ops.raw import quantize as quantize_rows
 from teint8.policy import Policy
 from teint8.qtensor import QTensor

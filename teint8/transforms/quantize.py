@@ -142,7 +142,7 @@ def quantize(module_or_fn: nn.Module | Callable[..., Any], policy: Policy | None
     if not isinstance(policy, Policy):
         raise TypeError(f"quantize: policy is {policy!r}; a Policy is needed, such as Policy.training()")
     if isinstance(module_or_fn, nn.Module):
-        call = functools.partial(_call_module, module_or_fn)
+        call = functools.partial(call_module, module_or_fn)
     elif callable(module_or_fn):
         call = functools.partial(_call_function, module_or_fn)
     else:
@@ -170,7 +170,7 @@ def run(qfn: Any, route: BoundRoute, params: Any, args: Any, kwargs: Any) -> Any
 
     """
     target = quantized(qfn)
-    call = _call_module if isinstance(target, nn.Module) else _call_function
+    call = call_module if isinstance(target, nn.Module) else _call_function
     return call(target, route, params, args, kwargs)
 
 
@@ -194,7 +194,8 @@ def is_qtensor(leaf: Any) -> bool:
     return isinstance(leaf, QTensor)
 
 
-def _call_module(module: nn.Module, route: BoundRoute, params: Any, args: Any, kwargs: Any) -> Any:
+def call_module(module: nn.Module, route: BoundRoute, params: Any, args: Any, kwargs: Any) -> Any:
+    """Call a module under a route, its parameters replaced by those of ``params``."""
     groups = params if isinstance(params, tuple) else (params,)
     check_params(module, groups)
     bound = {path: route.bind(path, leaf) for group in groups for path, leaf in group.items()}

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from teint8 import _torch, ops
-from teint8.ops.conv import contracted
+from teint8.ops.conv_function import contracted
 from teint8.ops.raw import problem_of
 from teint8.ops.shared import Shared
 from teint8.policy import Policy, Rule
@@ -308,7 +308,7 @@ def _why_float(op: str, rule: Rule | None, x: Any, weight: Operand, axis: int) -
         return f"the activation is {x.dtype}"
     value = weight.value
     if isinstance(value, QTensor):
-        seen = -3 - value.axis if weight.transposed else value.axis
+        seen = -3 - value.axis if weight.transposed and isinstance(value.axis, int) else value.axis
         return "" if seen == axis else "the weight was packed along its other dimension"
     if not value.is_floating_point():
         return f"the weight is {value.dtype}"

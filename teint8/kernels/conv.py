@@ -1,0 +1,203 @@
+"""INT8 convolutions in Triton, channels last: an implicit matmul, and depthwise ones. What windows see is never written down."""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from teint8.kernels.int8_mm import Config, config_of
+from teint8.kernels.launch import Launch, on
+
+
+@triton.jit
+def _pixel(m, OD, OH, OW):
+    """Sample and coordinates of windows."""
+    w = m % OW
+    h = m // OW % OH
+    d = m // (OW * OH) % OD
+    return m // (OW * OH * OD), d, h, w
+
+
+@triton.jit
+def _conv_kernel(
+    x_ptr, w_ptr, xs_ptr, ws_ptr, bias_ptr, y_ptr, M, N, C, GROUPS, SCALES, D, H, W, OD, OH, OW, KH, KW,
+    step_d, step_h, step_w, before_d, before_h, before_w, hole_d, hole_h, hole_w, TAPS,
+    HAS_BIAS: tl.constexpr, BY_TAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):  # fmt: skip
+    """x (B, D, H, W, GROUPS * C), w (GROUPS * N, TAPS, C); BY_TAP: a step of the loop lies in one tap, else it may span several."""
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    group = tl.program_id(0) // (tiles_m * tiles_n)
+    tile = tl.program_id(0) % (tiles_m * tiles_n)
+    first = tile // (GROUP * tiles_n) * GROUP
+    height = tl.minimum(tiles_m - first, GROUP)
+    inner = tile % (GROUP * tiles_n)
+    rows = (first + inner % height) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = (inner // height) * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_m = rows < M
+    in_n = columns < N
+    b, od, oh, ow = _pixel(tl.where(in_m, rows, 0), OD, OH, OW)
+    d0 = od * step_d - before_d
+    h0 = oh * step_h - before_h
+    w0 = ow * step_w - before_w
+    channel = (group * N + tl.where(in_n, columns, 0)).to(tl.int64)
+    ks = tl.arange(0, BLOCK_K)
+    sample = b.to(tl.int64) * D
+    w_ptrs = w_ptr + channel[None, :] * (TAPS * C) + ks[:, None]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    blocks = tl.cdiv(C, BLOCK_K)
+    steps = TAPS * blocks if BY_TAP else tl.cdiv(TAPS * C, BLOCK_K)
+    for i in range(steps):
+        if BY_TAP:
+            tap = i // blocks
+            c = i % blocks * BLOCK_K + ks
+            inside_k = c < C
+            offset = tap * C + i % blocks * BLOCK_K
+            d = d0 + tap // (KH * KW) * hole_d
+            h = h0 + tap // KW % KH * hole_h
+            w = w0 + tap % KW * hole_w
+            seen = (d >= 0) & (d < D) & (h >= 0) & (h < H) & (w >= 0) & (w < W) & in_m
+            pixel = ((sample + d) * H + h) * W + w
+            x_ptrs = x_ptr + pixel[:, None] * (GROUPS * C) + group * C + c[None, :]
+            mask = seen[:, None] & inside_k[None, :]
+        else:
+            k = i * BLOCK_K + ks
+            tap = k // C
+            c = k % C
+            inside_k = k < TAPS * C
+            offset = i * BLOCK_K
+            d = d0[:, None] + (tap // (KH * KW) * hole_d)[None, :]
+            h = h0[:, None] + (tap // KW % KH * hole_h)[None, :]
+            w = w0[:, None] + (tap % KW * hole_w)[None, :]
+            mask = (d >= 0) & (d < D) & (h >= 0) & (h < H) & (w >= 0) & (w < W) & in_m[:, None] & inside_k[None, :]
+            x_ptrs = x_ptr + (((sample[:, None] + d) * H + h) * W + w) * (GROUPS * C) + group * C + c[None, :]
+        x = tl.load(x_ptrs, mask=mask, other=0)
+        weight = tl.load(w_ptrs + offset, mask=inside_k[:, None], other=0)
+        acc = tl.dot(x, weight, acc, out_dtype=tl.int32)
+    xs = tl.load(xs_ptr + b * SCALES + group // (GROUPS // SCALES))
+    y = (acc.to(tl.float32) * tl.load(ws_ptr + channel)[None, :]) * xs[:, None]
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + channel).to(tl.float32)[None, :]
+    y_ptrs = y_ptr + rows.to(tl.int64)[:, None] * (GROUPS * N) + group * N + columns[None, :]
+    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=in_m[:, None] & in_n[None, :])
+
+
+@triton.jit
+def _depthwise_kernel(
+    x_ptr, w_ptr, xs_ptr, ws_ptr, bias_ptr, y_ptr, M, C, SCALES, D, H, W, OD, OH, OW, KD, KH, KW,
+    step_d, step_h, step_w, before_d, before_h, before_w, hole_d, hole_h, hole_w,
+    HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """x (B, D, H, W, C), w (KD * KH * KW, C): one kernel a channel."""
+    tiles_c = tl.cdiv(C, BLOCK_C)
+    rows = tl.program_id(0) // tiles_c * BLOCK_M + tl.arange(0, BLOCK_M)
+    c = tl.program_id(0) % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_m = rows < M
+    in_c = c < C
+    b, od, oh, ow = _pixel(tl.where(in_m, rows, 0), OD, OH, OW)
+    d0 = od * step_d - before_d
+    h0 = oh * step_h - before_h
+    w0 = ow * step_w - before_w
+    sample = b.to(tl.int64) * D
+    acc = tl.zeros((BLOCK_M, BLOCK_C), tl.int32)
+    for tap in range(KD * KH * KW):
+        d = d0 + tap // (KH * KW) * hole_d
+        h = h0 + tap // KW % KH * hole_h
+        w = w0 + tap % KW * hole_w
+        seen = (d >= 0) & (d < D) & (h >= 0) & (h < H) & (w >= 0) & (w < W) & in_m
+        pixel = ((sample + d) * H + h) * W + w
+        x = tl.load(x_ptr + pixel[:, None] * C + c[None, :], mask=seen[:, None] & in_c[None, :], other=0)
+        weight = tl.load(w_ptr + tap * C + c, mask=in_c, other=0)
+        acc += x.to(tl.int32) * weight.to(tl.int32)[None, :]
+    mask = in_m[:, None] & in_c[None, :]
+    scale = tl.load(xs_ptr + b[:, None] * SCALES + (c // (C // SCALES))[None, :], mask=mask, other=0.0)
+    y = (acc.to(tl.float32) * tl.load(ws_ptr + c, mask=in_c, other=0.0)[None, :]) * scale
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + c, mask=in_c, other=0.0).to(tl.float32)[None, :]
+    tl.store(y_ptr + rows.to(tl.int64)[:, None] * C + c[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def tile_of(m: int) -> Config:
+    """The tile for m windows: where a window lies takes registers, so that they are those of the chips with the fewest."""
+    return config_of(m, 8)
+
+
+_conv = Launch(_conv_kernel)
+_depthwise = Launch(_depthwise_kernel)
+
+
+class _Sizes(NamedTuple):
+    """Three spatial dimensions, of one to three."""
+
+    sizes: tuple[int, ...]
+    out: tuple[int, ...]
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    before: tuple[int, ...]
+    dilation: tuple[int, ...]
+
+
+def _three(xq: Tensor, wq: Tensor, window: Any) -> _Sizes:
+    def full(values: Any, fill: int) -> tuple[int, ...]:
+        return (fill,) * (3 - len(values)) + tuple(values)
+
+    sizes, kernel = xq.shape[1:-1], wq.shape[1:-1]
+    out = window.out(sizes, kernel)
+    return _Sizes(
+        full(sizes, 1), full(out, 1), full(kernel, 1), full(window.stride, 1), full(window.padding[::2], 0), full(window.dilation, 1)
+    )
+
+
+def conv(
+    xq: Tensor,
+    xs: Tensor,
+    wq: Tensor,
+    ws: Tensor,
+    bias: Tensor | None,
+    window: Any,
+    dtype: torch.dtype,
+    config: Config | None = None,
+) -> Tensor:
+    """(B, *S', N) from codes (B, *S, C) and (N, *kernel, C / groups), scales (B, V) and (N), bias (N); as ``ops.raw_conv.int8_conv``.
+
+    Args:
+        window: a ``Window`` of ops.raw_conv. config: overrides the table; no result depends on it.
+
+    """
+    s = _three(xq, wq, window)
+    g, n_all, c = window.groups, wq.shape[0], wq.shape[-1]
+    n, device = n_all // g, xq.device
+    m = xq.shape[0] * math.prod(s.out)
+    xq, wq, xs, ws = xq.contiguous(), wq.contiguous(), xs.contiguous(), ws.contiguous()
+    # the interpreter's cast to bfloat16 does not round
+    inner = torch.float32 if dtype == torch.float64 or not xq.is_cuda else dtype
+    y = torch.empty((xq.shape[0], *window.out(xq.shape[1:-1], wq.shape[1:-1]), n_all), dtype=inner, device=device)
+    b = ws if bias is None else bias.contiguous()
+    scales = xs.shape[1]
+    depthwise = n == c == 1 and g > 1
+    if depthwise:
+        wq = wq.reshape(n_all, -1).t().contiguous()
+    operands = (xq, wq, xs, ws, b, y)
+    key = (device.index, m, n, c, g, scales, s, inner, b.dtype, bias is None, config,
+           tuple(t.data_ptr() % 16 == 0 for t in operands))  # fmt: skip
+    where = (*s.stride, *s.before, *s.dilation)
+    with on(device):
+        if depthwise:
+            block_c = min(triton.next_power_of_2(g), 64)
+            block_m = (2048 if device.type == "cuda" else 65536) // block_c
+            _depthwise(key, (triton.cdiv(m, block_m) * triton.cdiv(g, block_c), 1, 1),
+                       (*operands, m, g, scales, *s.sizes, *s.out, *s.kernel, *where), (bias is not None, block_m, block_c),
+                       num_warps=4, enable_fp_fusion=False)  # fmt: skip
+        else:
+            t = config or tile_of(m)
+            # few channels: a step spans several taps, so that it is not mostly empty
+            by_tap = c >= t.block_k // 2
+            grid = (triton.cdiv(m, t.block_m) * triton.cdiv(n, t.block_n) * g, 1, 1)
+            _conv(key, grid, (*operands, m, n, c, g, scales, *s.sizes, *s.out, *s.kernel[1:], *where, math.prod(s.kernel)),
+                  (bias is not None, by_tap, t.block_m, t.block_n, t.block_k, 8),
+                  num_warps=t.warps, num_stages=t.stages, enable_fp_fusion=False)  # fmt: skip
+    return y.to(dtype)
