@@ -3,6 +3,7 @@
 from teint8.ops import cpu, cpu_conv, cuda
 from teint8.ops.activate import activate
 from teint8.ops.conv import conv, conv_problem
+from teint8.ops.embedding import embedding, embedding_bag
 from teint8.ops.grouped import grouped_linear
 from teint8.ops.linear import linear
 from teint8.ops.mlp import gated_mlp, merged_linear, mlp
@@ -21,6 +22,8 @@ __all__ = [
     "activate",
     "conv",
     "conv_problem",
+    "embedding",
+    "embedding_bag",
     "gated_mlp",
     "grouped_linear",
     "implementations",

@@ -13,11 +13,10 @@ from teint8.ops.conv_function import (
     activation_codes,
     contracted,
     convolve,
-    float_conv,
     is_channels_last,
     kernel_codes,
-    kernel_hat,
     kernel_rows,
+    weight_only,
 )
 from teint8.ops.linear import linear
 from teint8.ops.registry import Problem
@@ -100,8 +99,7 @@ def conv(
     else:
         codes = weight_codes or kernel_codes(w, weight_granularity, transposed, groups, impl)
     if activation is None:
-        w_hat = kernel_hat(w, *codes, shape, weight.dtype)
-        return float_conv(x.to(dtype), w_hat.to(dtype), shape, None if bias is None else bias.to(dtype))
+        return weight_only(x, w, bias, codes, tuple(shape), weight.dtype, dtype)  # type: ignore[no-any-return]
     scale = _static_scale(packed) if static else None
     x_codes = None
     if shared is not None and activation == "row" and scale is None:

@@ -370,6 +370,15 @@ def convolve(
     return y
 
 
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
+def weight_only(
+    x: Tensor, w: Tensor | None, bias: Tensor | None, codes: Codes, shape: tuple[Any, ...], of_weight: torch.dtype, dtype: torch.dtype
+) -> Tensor:
+    """W8A16: torch's convolution of a float activation by the values of codes."""
+    w_hat = kernel_hat(w, *codes, Shape(*shape), of_weight).to(dtype)
+    return float_conv(x.to(dtype), w_hat, Shape(*shape), None if bias is None else bias.to(dtype))
+
+
 def is_channels_last(x: Tensor) -> bool:
     """Whether torch would give a result whose channels come last in memory."""
     if _torch.in_transform() or x.ndim not in (4, 5) or x.is_contiguous():

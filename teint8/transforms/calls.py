@@ -12,7 +12,7 @@ from torch import Tensor
 
 from teint8 import _torch
 from teint8.qtensor import QTensor
-from teint8.transforms import attention, contractions, convolutions, shapes
+from teint8.transforms import attention, contractions, convolutions, shapes, tables
 from teint8.transforms.recurrent import CELLS
 
 if TYPE_CHECKING:
@@ -277,6 +277,11 @@ def _convolution(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
     return route.convolve(call, route.operand(call.w) or Operand(call.w), in_float)
 
 
+def _table(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
+    table = args[1] if len(args) > 1 else kwargs["weight"]
+    return tables.look_up(route, func, args, kwargs, route.operand(table) or Operand(table))
+
+
 def _cell(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
     """One step of a recurrent network: two linears and its gates."""
 
@@ -368,6 +373,7 @@ HANDLERS: dict[Any, Callable[[Route, Any, Any, Any], Any]] = {
     Tensor.inner: _inner,
     **dict.fromkeys(CELLS, _cell),
     **dict.fromkeys(_FLOAT_CONVOLUTIONS, _convolution),
+    **dict.fromkeys(tables.FUNCTIONS, _table),
     **FLOAT_ONLY,
     Tensor.data.__get__: _data,  # type: ignore[attr-defined]
 }

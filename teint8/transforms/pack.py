@@ -121,6 +121,8 @@ def pack_weight(weight: Tensor, axis: int | tuple[int, ...], granularity: str) -
 class _Survey(BoundRoute):
     """Runs a program on fake tensors and notes how each weight is used."""
 
+    surveys = True
+
     def __init__(self, policy: Policy) -> None:
         super().__init__(policy, strict=False, receipt=None)
         self.packed_leaves = True  # look through the arguments of every call
@@ -153,7 +155,7 @@ def _read_module(module: nn.Module, policy: Policy) -> dict[str, set[Use]]:
     for path, owner, name, parameter in _parameters(module):
         paths[path] = parameter
         axis = _contracted_dimension(owner, name)
-        rule = None if axis is None else policy.match(path, "conv" if isinstance(axis, tuple) else "linear" if axis == -1 else "matmul")
+        rule = None if axis is None else policy.match(path, _op_of(owner, axis))
         use = None if axis is None or rule is None or rule.weight is None else (axis, rule.weight.granularity)
         by_tensor.setdefault(parameter, set()).add(use)
     return {path: by_tensor[parameter] for path, parameter in paths.items()}
@@ -165,6 +167,13 @@ def _parameters(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor
             yield f"{prefix}.{name}" if prefix else name, owner, name, parameter
 
 
+def _op_of(owner: nn.Module, axis: int | tuple[int, ...]) -> str:
+    if isinstance(owner, (nn.Embedding, nn.EmbeddingBag)):
+        return "embedding"
+    return "conv" if isinstance(axis, tuple) else "linear" if axis == -1 else "matmul"
+
+
+_TABLES = {nn.Embedding.forward, nn.EmbeddingBag.forward}
 _CONVOLUTIONS = {m.forward for m in (nn.Conv1d, nn.Conv2d, nn.Conv3d)}
 _TRANSPOSED = {m.forward for m in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)}
 
@@ -177,6 +186,8 @@ def _contracted_dimension(owner: nn.Module, name: str) -> int | tuple[int, ...] 
     if forward in _TRANSPOSED and name == "weight" and owner.groups == 1:
         return contracted(owner.weight.ndim, True)  # type: ignore[arg-type]
     if forward is nn.Linear.forward and name == "weight":
+        return -1
+    if forward in _TABLES and name == "weight" and owner.max_norm is None:
         return -1
     if forward is nn.MultiheadAttention.forward and name.endswith("proj_weight"):
         return -1

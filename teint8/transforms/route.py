@@ -33,6 +33,9 @@ class Route(TorchFunctionMode):
 
     """
 
+    surveys = False
+    """Whether this route runs to find how weights are used."""
+
     def __init__(self, policy: Policy, strict: bool, receipt: Receipt | None) -> None:
         super().__init__()
         if not _torch.is_compiling():
