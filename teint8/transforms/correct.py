@@ -17,9 +17,9 @@ Tree = dict[str, Tensor]
 def correct_bias(qfn: Any, params: Any, batches: Iterable[Any], *, progress: bool = True) -> tuple[Tree, Tree]:
     """Parameters and buffers with which the mean of each INT8 layer's output is that of the float model.
 
-    Rounding a weight adds the same error to every output of a channel as far as its inputs have a mean: after a ReLU that is most of it,
-    and small models with BatchNorm (MobileNet, EfficientNet) lose more by it than by all else. The error's mean over example inputs is
-    subtracted from the layer's bias, or, where it has none, added to the running mean of the BatchNorm that follows (Nagel et al.,
+    Rounding a weight adds the same error to every output of a channel as far as its inputs have a mean: after a ReLU that is most of
+    it, and small models with BatchNorm (MobileNet, EfficientNet) lose more by it than by all else. The error's mean over example inputs
+    is subtracted from the layer's bias, or, where it has none, added to the running mean of the BatchNorm that follows (Nagel et al.,
     2019, with means of data). No gradient, no labels; weights stay as they are.
 
     Args:
@@ -51,35 +51,37 @@ def correct_bias(qfn: Any, params: Any, batches: Iterable[Any], *, progress: boo
     examples = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
     if not examples:
         raise ValueError("correct_bias: there are no batches; give some example inputs, [x] for one")
-    float_means = _Means(Policy(), qfn.policy, {})
-    correcting: _Means | None = None
+    in_float, correcting = _Means(Policy(), qfn.policy, {}), None
     training = {m: m.training for m in module.modules()}
     module.eval()
     try:
         with torch.no_grad():
             for args in tqdm(examples, "correct_bias: means in float", disable=not progress):
-                float_means.start(tree, module, args)
-            correcting = _Means(qfn.policy, qfn.policy, float_means.means)
+                in_float.start(tree, module, args)
+            correcting = _Means(qfn.policy, qfn.policy, in_float.means)
             for args in tqdm(examples, "correct_bias: means in INT8", disable=not progress):
                 correcting.start(tree, module, args)
     finally:
         for m, mode in training.items():
             m.training = mode
-    fixed, count = dict(tree), 0
-    for path, shift in correcting.shifts.items():
-        bias = path.rpartition(".")[0] + ".bias" if "." in path else "bias"
-        follower = float_means.norms.get(path)
-        if bias in tree and tree[bias].shape == shift.shape:
-            fixed[bias] = (tree[bias] - shift).to(tree[bias].dtype)
-        elif follower is not None:
-            fixed[follower] = (tree[follower] + shift).to(tree[follower].dtype)
-        else:
-            continue
-        count += 1
-    if not count:
+    changed = _corrected(tree, correcting.shifts, in_float.norms)
+    if not changed:
         raise ValueError("correct_bias: no layer that runs in INT8 has a bias, nor a BatchNorm behind it; there is nothing to correct")
-    names = {name for name, _ in module.named_parameters()}
+    fixed, names = {**tree, **changed}, {name for name, _ in module.named_parameters()}
     return {n: t for n, t in fixed.items() if n in names}, {n: t for n, t in fixed.items() if n not in names}
+
+
+def _corrected(tree: Tree, shifts: Tree, norms: dict[str, str]) -> Tree:
+    """Biases and running means without the shifts of the layers that they belong to."""
+    changed: Tree = {}
+    for path, shift in shifts.items():
+        owner, _, _ = path.rpartition(".")
+        bias = f"{owner}.bias" if owner else "bias"
+        if bias in tree and tree[bias].shape == shift.shape:
+            changed[bias] = (tree[bias] - shift).to(tree[bias].dtype)
+        elif path in norms:
+            changed[norms[path]] = (tree[norms[path]] + shift).to(tree[norms[path]].dtype)
+    return changed
 
 
 class _Means(BoundRoute):
