@@ -3,10 +3,11 @@
 import dataclasses
 from typing import Any, Literal
 
-OPS = ("linear", "matmul", "activation_matmul", "conv", "embedding")
+OPS = ("linear", "matmul", "activation_matmul", "conv", "embedding", "recurrent")
 """Names a rule may give in ``ops``: ``linear`` (F.linear and the projections of attention), ``matmul`` (torch.matmul, mm, bmm,
 addmm, baddbmm with a weight operand), ``activation_matmul`` (the same between two activations), ``conv`` (F.conv1d to conv3d and the
-transposed ones), ``embedding`` (F.embedding and embedding_bag: only where a rule names it)."""
+transposed ones), ``embedding`` (F.embedding and embedding_bag) and ``recurrent`` (nn.LSTM, nn.GRU and nn.RNN, step by step), both only
+where a rule names them."""
 
 
 def _one_of(owner: str, field: str, value: object, allowed: tuple[object, ...]) -> None:
@@ -55,7 +56,7 @@ class Rule:
         path: a glob over the weight's path in the params ("encoder.layers.0.linear1.weight") or its module's; ``*`` stands for any
             run of characters, dots included.
         ops: names from ``teint8.policy.OPS``; activations are multiplied with each other in INT8 only by a rule that names
-            "activation_matmul", and tables looked up as INT8 only by one that names "embedding".
+            "activation_matmul"; tables and whole recurrent layers are INT8 only by one that names "embedding" or "recurrent".
         weight: Quant of the weight, or None to leave the call in float.
         activation: Quant of the activation, or None for a float activation (W8A16).
         gradient: Quant of the output's gradient for an INT8 backward, or None for a float backward.

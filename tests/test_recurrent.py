@@ -69,3 +69,91 @@ def test_projections_run_in_int8(name: str, device: str) -> None:
     compiled = torch.compile(lambda p: torch.func.grad(lambda p: qfn(p, xs).square().sum())(p), fullgraph=True)(params)
     for a, b in zip(grads.values(), compiled.values(), strict=True):
         assert float((a - b).norm() / a.norm()) < 0.02  # tanh differs in the last bit, which moves a code now and then
+
+
+LAYERS = {
+    "lstm": lambda: nn.LSTM(12, 20),
+    "lstm, two ways, batch first": lambda: nn.LSTM(12, 20, 2, bidirectional=True, batch_first=True),
+    "lstm, projected, without bias": lambda: nn.LSTM(12, 20, 2, bias=False, proj_size=8),
+    "gru": lambda: nn.GRU(12, 20, 3, bidirectional=True),
+    "tanh": lambda: nn.RNN(12, 20, batch_first=True),
+    "relu": lambda: nn.RNN(12, 20, 2, nonlinearity="relu", bias=False),
+}
+STEPS = Policy([Rule(ops=("recurrent",))])
+
+
+def _all(result: object) -> list[torch.Tensor]:
+    y, state = result  # type: ignore[misc]
+    y = y.data if isinstance(y, nn.utils.rnn.PackedSequence) else y
+    return [y, *(state if isinstance(state, tuple) else (state,))]
+
+
+def _inputs(layer: nn.RNNBase, packed: bool, given: bool) -> tuple:
+    p = next(layer.parameters())
+    xs = torch.randn(3, 5, 12, dtype=p.dtype, device=p.device)
+    batch = 3 if layer.batch_first else 5
+    count = layer.num_layers * (1 + layer.bidirectional)
+    sizes = (layer.proj_size or 20, 20) if isinstance(layer, nn.LSTM) else (20,)
+    state = tuple(torch.randn(count, batch, n, dtype=p.dtype, device=p.device) for n in sizes)
+    if packed:
+        lengths = [2, 5, 1] if layer.batch_first else [3, 1, 2, 3, 3]
+        xs = nn.utils.rnn.pack_padded_sequence(xs, lengths, layer.batch_first, enforce_sorted=False)
+    return (xs, state if len(sizes) > 1 else state[0]) if given else (xs,)
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", LAYERS)
+def test_steps_of_layers_are_those_of_torch(name: str, packed: bool, given: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from teint8.transforms import route
+
+    layer = LAYERS[name]().double().to(device)
+    inputs = _inputs(layer, packed, given)
+    want = _all(layer(*inputs))
+
+    class Float:
+        select, Problem = teint8.ops.select, teint8.ops.Problem
+        linear = staticmethod(lambda x, w, bias=None, **_: F.linear(x, w, bias))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(route, "ops", Float)
+        with te_int8_autocast(policy=STEPS):
+            got = _all(layer(*inputs))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_in_int8(name: str, device: str) -> None:
+    layer = LAYERS[name]().to(device)
+    (xs,) = _inputs(layer, False, False)
+    qfn, params = teint8.quantize(layer, STEPS), dict(layer.named_parameters())
+    y, exact = _all(qfn(params, xs)), _all(layer(xs))
+    assert 0 < float((y[0] - exact[0]).norm() / exact[0].norm()) < 0.05
+    receipt = teint8.explain(qfn, params, xs)
+    weights = [n for n in params if n.startswith("weight")]
+    assert (
+        {r.path for r in receipt} == set(weights) and receipt.int8_calls == receipt.calls and {r.op for r in receipt} == {"recurrent"}
+    )
+    for packed in (teint8.pack(qfn, params), teint8.pack(qfn, params, xs)):
+        assert all(isinstance(packed[n], teint8.QTensor) for n in weights)
+        assert [different(a, b) for a, b in zip(_all(qfn(packed, xs)), y, strict=True)] == [0] * len(y)
+    with torch.no_grad(), te_int8_autocast(training=False, policy=STEPS):
+        assert different(_all(layer(xs))[0], y[0]) == 0
+    grads = torch.func.grad(lambda p: _all(qfn(p, xs))[0].square().sum())(params)
+    straight = teint8.quantize(layer, Policy([Rule(ops=("recurrent",), compute="simulate")]))
+    for a, b in zip(grads.values(), torch.func.grad(lambda p: _all(straight(p, xs))[0].square().sum())(params).values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+        assert float(a.norm()) > 0
+    with te_int8_autocast() as context:  # no rule names them: torch's own call
+        assert torch.equal(_all(layer(xs))[0], exact[0])
+    assert context.receipt.int8_calls == 0 and all("a rule names 'recurrent'" in r.reason for r in context.receipt)
+
+
+def test_a_layer_in_training_drops_out_between_its_layers(device: str) -> None:
+    layer = nn.GRU(12, 20, 2, dropout=0.5).to(device)
+    xs = torch.randn(3, 5, 12, device=device)
+    qfn, params = teint8.quantize(layer, STEPS), dict(layer.named_parameters())
+    assert not torch.equal(qfn(params, xs)[0], qfn(params, xs)[0])
+    layer.eval()
+    assert torch.equal(qfn(params, xs)[0], qfn(params, xs)[0])

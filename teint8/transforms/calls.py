@@ -12,7 +12,7 @@ from torch import Tensor
 
 from teint8 import _torch
 from teint8.qtensor import QTensor
-from teint8.transforms import attention, contractions, convolutions, shapes, tables
+from teint8.transforms import attention, contractions, convolutions, recurrent, shapes, tables
 from teint8.transforms.recurrent import CELLS
 
 if TYPE_CHECKING:
@@ -302,6 +302,26 @@ def _data(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
     return route.other(func, args, kwargs)
 
 
+def _recurrent(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
+    """A whole recurrent layer: step by step where a rule names "recurrent", else torch's own call."""
+    if kwargs:
+        return _stays_float("recurrent", "it is called with arguments by name")(route, func, args, kwargs)
+    weights = [route.operand(w) or Operand(w) for w in recurrent.weights_of(args) if w.ndim == 2]
+    rules = [route.rule(route.path(w), "recurrent") for w in weights]
+    if all(rule is None or rule.weight is None for rule in rules):
+        for weight in weights:
+            route.stays_float(weight, "recurrent", "recurrent layers go step by step in INT8 where a rule names 'recurrent'")
+        return func(*route.plain(args))
+
+    def project(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+        weight = route.operand(w) or Operand(w)
+        y: Tensor = route.multiply("recurrent", x, weight, -1, bias, lambda: torch.ops.aten.linear(*route.plain((x, w, bias))))
+        return y
+
+    plain = [a if isinstance(a, (list, tuple)) and i > 1 else route.plain(a) for i, a in enumerate(args)]
+    return recurrent.layers(func, project, plain)
+
+
 def _stays_float(op: str, reason: str) -> Callable[[Route, Any, Any, Any], Any]:
     """A call that may multiply by a weight and is not taken over: it stays float, and the receipt says so."""
 
@@ -346,11 +366,9 @@ _PRODUCTS = (
     torch.mv, Tensor.mv, torch.addmv, Tensor.addmv, torch.addbmm,
     Tensor.addbmm, torch.linalg.multi_dot, torch.chain_matmul, F.bilinear,
 )  # fmt: skip
-_RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
 FLOAT_ONLY: dict[Any, Callable[[Route, Any, Any, Any], Any]] = {
     torch.convolution: _stays_float("conv", "torch.convolution is not taken over; write it as F.conv2d"),
     **{f: _stays_float("matmul", f"{f.__name__} is not taken over; write it as a matmul or F.linear") for f in _PRODUCTS},
-    **dict.fromkeys(_RECURRENT, _stays_float("recurrent", "whole recurrent layers stay float; their cells (nn.LSTMCell) do not")),
 }
 """Calls that may meet a weight and stay float."""
 
@@ -372,6 +390,7 @@ HANDLERS: dict[Any, Callable[[Route, Any, Any, Any], Any]] = {
     torch.inner: _inner,
     Tensor.inner: _inner,
     **dict.fromkeys(CELLS, _cell),
+    **dict.fromkeys(recurrent.LAYERS, _recurrent),
     **dict.fromkeys(_FLOAT_CONVOLUTIONS, _convolution),
     **dict.fromkeys(tables.FUNCTIONS, _table),
     **FLOAT_ONLY,

@@ -170,6 +170,8 @@ def _parameters(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor
 def _op_of(owner: nn.Module, axis: int | tuple[int, ...]) -> str:
     if isinstance(owner, (nn.Embedding, nn.EmbeddingBag)):
         return "embedding"
+    if isinstance(owner, nn.RNNBase):
+        return "recurrent"
     return "conv" if isinstance(axis, tuple) else "linear" if axis == -1 else "matmul"
 
 
@@ -186,6 +188,8 @@ def _contracted_dimension(owner: nn.Module, name: str) -> int | tuple[int, ...] 
     if forward in _TRANSPOSED and name == "weight" and owner.groups == 1:
         return contracted(owner.weight.ndim, True)  # type: ignore[arg-type]
     if forward is nn.Linear.forward and name == "weight":
+        return -1
+    if isinstance(owner, nn.RNNBase) and name.startswith("weight_"):
         return -1
     if forward in _TABLES and name == "weight" and owner.max_norm is None:
         return -1

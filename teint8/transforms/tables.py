@@ -34,7 +34,7 @@ def look_up(route: Route, func: Any, args: Any, kwargs: Any, weight: Any) -> Any
     ids, _ = given.pop("input"), given.pop("weight")
     path = route.path(weight)
     rule = route.rule(path, "embedding")
-    packed = isinstance(weight.value, QTensor)
+    packed = isinstance(weight.value, QTensor) and weight.value.axis == -1 and not weight.transposed
     reason = _why_not(rule, weight.value, given)
     if reason and not (packed and given["max_norm"] is None):
         _note(route, path, ids, weight, "float", reason, rule)
@@ -58,6 +58,8 @@ def _why_not(rule: Rule | None, table: Any, given: dict[str, Any]) -> str:
         return "a row of a table has a scale of its own: Quant(granularity='row')"
     if isinstance(table, Tensor) and not table.is_floating_point():
         return f"the table is {table.dtype}"
+    if isinstance(table, QTensor) and table.axis != -1:
+        return f"the table was packed along {table.axis}"
     return "" if table.ndim == 2 else f"the table has {table.ndim} dimensions"
 
 
