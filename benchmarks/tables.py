@@ -31,6 +31,9 @@ NAMES = (
     "compile_times",
     "cpu_compile",
     "cpu_minilm",
+    "efficientnet",
+    "efficientnet_agreement",
+    "families",
 )
 
 
@@ -51,6 +54,7 @@ def table(name: str) -> str:
     place = ", ".join([found["device"], *versions, found["date"]])
     clocks = f"; clock, its limit, power, its limit right after: {found['clocks']}" if found.get("clocks") else ""
     script = name if (pathlib.Path(__file__).parent / f"{name}.py").exists() else "compile"
+    script = script if name != "efficientnet_agreement" else "efficientnet"
     lines = [f"### {name}", "", f"`benchmarks/{script}.py`; {place}{clocks}.", ""]
     lines += ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(cell(row.get(c)) for c in columns) + " |" for row in rows]
@@ -114,8 +118,15 @@ def _cpu() -> list[list[str]]:
     return [["threads", "batch x tokens", "to fp32", "to quantize_dynamic"], *rows]
 
 
+def _efficientnet() -> list[list[str]]:
+    rows = [[r["way"], times(r["fp32 eager / it"]), ""] for r in rows_of("efficientnet")]
+    rows += [[r["what"], "", f"{r['top-1 agreement']:.3f}"] for r in rows_of("efficientnet_agreement")]
+    return [["", "to fp32 eager", "top-1 agreement"], *rows]
+
+
 OF_README: dict[str, Callable[[], list[list[str]]]] = {
     "gemm": _gemm, "inference": _inference, "decode": _decode, "training": _training, "curves": _curves, "cpu": _cpu,
+    "efficientnet": _efficientnet,
 }  # fmt: skip
 """The tables of README.md by the name in their markers, their first rows the heads."""
 

@@ -37,7 +37,8 @@ def look_up(route: Route, func: Any, args: Any, kwargs: Any, weight: Any) -> Any
     packed = isinstance(weight.value, QTensor) and weight.value.axis == -1 and not weight.transposed
     reason = _why_not(rule, weight.value, given)
     if reason and not (packed and given["max_norm"] is None):
-        _note(route, path, ids, weight, "float", reason, rule)
+        if not isinstance(weight.value, QTensor):  # else it is noted where it is dequantized
+            _note(route, path, ids, weight, "float", reason, rule)
         return func(*route.plain(args), **route.plain(kwargs))
     if not reason:
         weight = route.packed(weight, -1, "row") if route.surveys else weight
