@@ -13,6 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from teint8 import _torch, ops
 from teint8.ops import cpu, registry
+from teint8.ops.conv_function import kernel_codes
 from teint8.ops.linear import differentiates, weight_codes_of
 from teint8.ops.shared import Shared
 from teint8.policy import Policy, Rule
@@ -249,12 +250,27 @@ class te_int8_autocast(Route):
         if _torch.is_capturing(owner):  # a CUDA graph quantizes the weight at each replay
             return weight_codes_of(owner, rule.weight.granularity, columns)
         place = (*held.place(owner), rule.weight.granularity, columns, _torch.stream_of(owner.device))
+        granularity = rule.weight.granularity
+        return self._codes_of(owner, place, lambda: weight_codes_of(owner, granularity, columns))
+
+    def kernel_codes(self, weight: Operand, rule: Rule, call: Any) -> Any:
+        if weight.held is None or weight.transposed or isinstance(weight.value, QTensor) or rule.weight is None:
+            return None
+        owner, held = weight.held
+        usable = rule.compute == "int8" and _torch.no_dispatch_modes() and not owner.is_inference()
+        if not usable or _torch.is_capturing(owner):
+            return None
+        granularity, groups = rule.weight.granularity, call.groups
+        place = (*held.place(owner), granularity, call.transposed, groups, _torch.stream_of(owner.device))
+        return self._codes_of(owner, place, lambda: kernel_codes(owner, granularity, call.transposed, groups))
+
+    def _codes_of(self, owner: Tensor, place: Any, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """Codes of a weight, made once in a context for as long as it is what it was."""
         if self._weight_codes is None:
             self._weight_codes = WeakTensorKeyDictionary()
-        held_codes = self._weight_codes
-        known = held_codes.get(owner)
+        known = self._weight_codes.get(owner)
         if known is None or known[0] != place:
-            known = held_codes[owner] = (place, weight_codes_of(owner, rule.weight.granularity, columns))
+            known = self._weight_codes[owner] = (place, make())
             follow_optimizers()
         return known[1]  # type: ignore[no-any-return]
 

@@ -35,7 +35,7 @@ def _report(op: str, implementation: registry.Implementation, device: str) -> bo
     """Print one line; whether the implementation broke the contract."""
     if implementation.device not in ("", device):
         return False
-    problem = registry.Problem(device, torch.float32, 1, 2 if op == "mlp" else 33, 17, 65)
+    problem = registry.Problem(device, torch.float32, 1, 2 if op == "mlp" else 33, 17, 65, (1, 65) if op == "conv" else ())
     reason = registry.why_not(implementation, problem)
     wrong = 0 if reason else _different(op, implementation, device)
     verdict = f"not usable: {reason}" if reason else f"{wrong} bits wrong" if wrong else "ok, the contract's bits"

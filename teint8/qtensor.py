@@ -76,17 +76,21 @@ class QTensor:
             )
 
     @classmethod
-    def quantize(cls, weight: Tensor, *, axis: int = -1, granularity: str = "row") -> "QTensor":
+    def quantize(cls, weight: Tensor, *, axis: int | tuple[int, ...] = -1, granularity: str = "row") -> "QTensor":
         """Quantize a float weight by the numerics contract, in plain torch (``teint8.pack`` uses the device's kernel).
 
         Args:
-            weight: (..., N, K) with axis -1 or (..., K, N) with axis -2, any float dtype.
-            axis: the contracted dimension.
+            weight: (..., N, K) with axis -1 or (..., K, N) with axis -2, any float dtype; or of a convolution.
+            axis: the contracted dimension, or those of a convolution: (-3, -2, -1) for (N, C, H, W).
             granularity: "row" for a scale for each output channel, "tensor" for one in all.
 
         """
         if not weight.is_floating_point():
             raise TypeError(f"QTensor.quantize: weight has dtype {weight.dtype}; a float weight is needed")
+        if isinstance(axis, tuple):
+            return cls._of_kernel(weight, axis, granularity)
+        if axis not in (-1, -2):
+            raise ValueError(f"QTensor.quantize: axis is {axis!r}; -1, -2, or of a convolution a tuple such as (-3, -2, -1) are needed")
         rows = weight if axis == -1 else weight.mT
         shape = rows.shape
         flat = rows.reshape(-1, shape[-1]) if granularity == "row" else rows.reshape(-1, shape[-2] * shape[-1])
@@ -95,12 +99,24 @@ class QTensor:
         return cls.from_rows(codes.reshape(shape), scale.expand(*shape[:-1], 1), weight.dtype, axis)
 
     @classmethod
+    def _of_kernel(cls, weight: Tensor, axis: tuple[int, ...], granularity: str) -> "QTensor":
+        """The weight of a convolution, of which ``axis`` is contracted."""
+        last = list(range(-len(axis), 0))
+        moved = weight.movedim(axis, last)
+        flat = moved.flatten(-len(axis))
+        codes, scale = numerics.quantize(flat.reshape(-1, flat.shape[-1]) if granularity == "row" else flat.reshape(1, -1))
+        scale = scale.expand(flat[..., 0].numel()).reshape(*flat.shape[:-1], *[1] * len(axis))
+        return cls(codes.reshape(moved.shape).movedim(last, axis), scale.movedim(last, axis), None, weight.dtype, axis)
+
+    @classmethod
     def from_rows(cls, codes: Tensor, scale: Tensor, dtype: torch.dtype, axis: int) -> "QTensor":
         """From codes (..., N, K) and scale (..., N, 1), whatever ``axis`` the weight itself has."""
         return cls(codes, scale, None, dtype, -1) if axis == -1 else cls(codes.mT, scale.mT, None, dtype, -2)
 
     def rows(self) -> tuple[Tensor, Tensor]:
         """Codes (..., N, K) and scales (..., N), the contracted dimension last; not of a convolution's weight."""
+        if self.axis not in (-1, -2):
+            raise ValueError(f"QTensor.rows: {self!r} is the weight of a convolution, which has no rows")
         if self.axis == -1:
             return self.codes, self.scale.squeeze(-1)
         return self.codes.mT, self.scale.squeeze(-2)

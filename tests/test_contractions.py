@@ -103,3 +103,29 @@ def test_what_is_broadcast_and_weights_that_come_first_stay_float_and_are_on_the
         (False, "the weight comes first"),
         (False, "the weight comes first"),
     ]
+
+
+def test_bilinear(device: str) -> None:
+    layer = nn.Bilinear(6, 10, 4).to(device)
+    a, b = torch.randn(3, 5, 6, device=device), torch.randn(3, 5, 10, device=device)
+    qfn, params = teint8.quantize(layer), dict(layer.named_parameters())
+    (record,) = teint8.explain(qfn, params, a, b)
+    assert (record.path, record.op, record.m, record.n, record.k, record.int8) == ("weight", "matmul", 15, 24, 10, True)
+    y, exact = qfn(params, a, b), layer(a, b)
+    assert 0 < float((y - exact).norm() / exact.norm()) < 0.03
+    for packed in (teint8.pack(qfn, params), teint8.pack(qfn, params, a, b)):
+        assert isinstance(packed["weight"], QTensor) and different(qfn(packed, a, b), y) == 0
+    for training in (True, False):
+        with torch.no_grad(), te_int8_autocast(training=training):
+            assert different(layer(a, b), y) == 0
+    codes = teint8.numerics.quantize(params["weight"].detach().flatten(0, 1))
+    w_hat = teint8.numerics.dequantize(*codes).view(4, 6, 10)
+    x_hat = teint8.numerics.dequantize(*teint8.numerics.quantize(b.flatten(0, 1))).view_as(b)
+    got = torch.autograd.grad(y.square().sum(), [layer.weight, layer.bias])
+    g = 2 * y.detach()
+    torch.testing.assert_close(got[0], torch.einsum("bso,bsi,bsj->oij", g, a, x_hat), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(y, torch.einsum("bsi,oij,bsj->bso", a, w_hat, x_hat) + layer.bias, rtol=1e-4, atol=1e-4)
+    whole = teint8.quantize(layer, Policy([Rule(weight=teint8.Quant(granularity="tensor"))]))
+    assert torch.equal(whole(params, a, b), exact)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(qfn, fullgraph=True)(params, a, b), y)

@@ -11,6 +11,7 @@ from grid import relative_error
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import teint8
 import teint8.compile
@@ -388,11 +389,188 @@ def test_policies_and_the_receipt(device) -> None:
         qfn(rule)(params, x)
 
 
+@pytest.mark.parametrize("granularity", ["row", "tensor"])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shape", [(6, 4, 3), (6, 4, 3, 2), (6, 4, 1, 2, 3)])
+def test_qtensors_of_kernels(shape, transposed, granularity, device) -> None:
+    w = torch.randn(shape, device=device)
+    packed, plain = (
+        packed_kernel(w, granularity, transposed),
+        QTensor.quantize(w, axis=contracted(w.ndim, transposed), granularity=granularity),
+    )
+    assert different(packed.codes, plain.codes) == 0 and different(packed.scale, plain.scale) == 0 and packed.axis == plain.axis
+    assert (plain.dequantize() - w).abs().max() <= w.abs().max() / 127
+    assert plain.to(device).shape == w.shape and "axis=(" in repr(plain)
+
+
 def test_tied_codes_that_were_made_before(device) -> None:
     x, w = torch.randn(2, 4, 8, 8, device=device), torch.randn(6, 4, 3, 3, device=device)
     codes = kernel_codes(w, "row", False, 1)
     assert different(ops.conv(x, w, weight_codes=codes), ops.conv(x, w)) == 0
     assert contracted(3, True) == (-3, -1)
+
+
+def test_gradients_of_depthwise_kernels_by_one_image(device) -> None:
+    """The gradient's kernel is the whole image: of its sums int32 holds 131072, and the stack few taps."""
+    for n in (20, 512):
+        x, w = torch.ones(1, 4, n, n, device=device), torch.full((4, 1, 3, 3), 0.1, device=device, requires_grad=True)
+        ops.conv(x, w, padding=1, groups=4, gradient="nearest").sum().backward()
+        assert torch.allclose(w.grad[0, 0, 1, 1], torch.tensor(float(n * n), device=device), rtol=1e-4)
+    codes = torch.full((1, 400, 400, 3), 127, dtype=torch.int8, device=device)
+    scale, window = torch.ones(1, 1, device=device), Window((1, 1), (0,) * 4, (1, 1), 3)
+    got = int8_conv(codes, scale, codes[0].movedim(-1, 0)[..., None], torch.ones(3, device=device), None, window, torch.float32)
+    assert got.flatten().tolist() == [float(400 * 400 * 127 * 127)] * 3
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("gradient", [None, "nearest"])
+def test_checkpoints_and_hooks_on_saved_tensors(gradient, reentrant, device) -> None:
+    conv, x = nn.Conv2d(4, 8, 3).to(device), torch.randn(2, 4, 8, 8, device=device, requires_grad=True)
+    policy = Policy([Rule(gradient=None if gradient is None else Quant())])
+    leaves = [x, *conv.parameters()]
+    with te_int8_autocast(policy=policy):
+        want = torch.autograd.grad(conv(x).square().sum(), leaves)
+        got = checkpoint(conv, x, use_reentrant=reentrant)
+    got.square().sum().backward()
+    assert [different(leaf.grad, w) for leaf, w in zip(leaves, want, strict=True)] == [0, 0, 0]
+    counts = {"packed": 0, "unpacked": 0}
+
+    def count(name):
+        def run(t):
+            counts[name] += 1
+            return t
+
+        return run
+
+    with torch.autograd.graph.saved_tensors_hooks(count("packed"), count("unpacked")):
+        ops.conv(x, conv.weight, gradient=gradient).sum().backward()
+    assert counts["unpacked"] == counts["packed"] > 0
+
+
+@pytest.mark.parametrize("shape,weight", [((2, 4, 8, 8), (8, 4, 3, 3)), ((2, 4, 3, 3), (1, 4, 3, 3)), ((2, 4, 9), (1, 4, 3))])
+@pytest.mark.parametrize("last", [False, True])
+def test_results_may_be_written_to_in_place(shape, weight, last, device) -> None:
+    x, w = torch.randn(shape, device=device), torch.randn(weight, device=device, requires_grad=True)
+    x = x.contiguous(memory_format=torch.channels_last) if last and x.ndim == 4 else x
+    y = F.relu(ops.conv(x, w), inplace=True)
+    assert different(y, F.relu(ops.conv(x, w))) == 0
+    assert torch.equal(torch.autograd.grad(y.sum(), w)[0], torch.autograd.grad(F.relu(ops.conv(x, w)).sum(), w)[0])
+
+
+def test_convolutions_in_a_row_under_autocast(device) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 4)).to(device)
+    x = torch.randn(2, 3, 8, 8, device=device)
+    with torch.autocast(device, torch.bfloat16), te_int8_autocast(strict=True) as context:
+        y = model(x)
+    assert context.receipt.int8_calls == context.receipt.calls == 3 and y.dtype == torch.bfloat16
+    assert float((y - model(x)).norm() / model(x).norm()) < 0.05
+    y.float().square().sum().backward()
+    assert all(float(p.grad.norm()) > 0 for p in model.parameters())
+
+
+def test_kernels_that_are_seen_turned_around(device) -> None:
+    conv, x = nn.Conv2d(3, 5, (3, 2), bias=False).to(device), torch.randn(2, 3, 8, 8, device=device)
+    want = F.conv2d(x, conv.weight.mT)
+    qfn = teint8.quantize(lambda p, x: F.conv2d(x, p["w"].mT))
+    with torch.no_grad():
+        for training in (True, False):
+            with te_int8_autocast(training=training):
+                assert (F.conv2d(x, conv.weight.mT) - want).norm() < 0.03 * want.norm()
+        torch._dynamo.reset()
+        compiled = torch.compile(lambda x: F.conv2d(x, conv.weight.mT), backend=teint8.compile.backend)
+        assert (compiled(x) - want).norm() < 0.03 * want.norm()
+    params = {"w": conv.weight.detach()}
+    assert (qfn(params, x) - want).norm() < 0.03 * want.norm()
+    with pytest.raises(ValueError, match="no weight of"):
+        teint8.pack(qfn, params, x)
+    packed = {"w": packed_kernel(conv.weight, "row", False)}
+    assert (qfn(packed, x) - want).norm() < 0.03 * want.norm()
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: nn.Conv2d(4, 6, 3, groups=2), lambda: nn.ConvTranspose2d(4, 6, 3), lambda: nn.Conv1d(4, 6, 2)]
+)
+def test_packed_stacks_of_models(make, device) -> None:
+    conv = make().to(device)
+    x = torch.randn(2, 4, *[8] * (conv.weight.ndim - 2), device=device)
+    qfn = teint8.quantize(conv)
+    stack = {k: torch.stack([v, v * 3, -v]).detach() for k, v in conv.named_parameters()}
+    want = torch.func.vmap(lambda p: qfn(p, x))(stack)
+    for packed in (teint8.pack(qfn, stack), torch.func.vmap(lambda p: teint8.pack(qfn, p))(stack)):
+        assert isinstance(packed["weight"], QTensor)
+        assert different(torch.func.vmap(lambda p: qfn(p, x))(packed), want) == 0
+
+
+@pytest.mark.parametrize("activation", [Quant(), Quant(granularity="tensor")])
+def test_vmap_over_the_weights_of_a_depthwise_kernel(activation, device) -> None:
+    x, weights = torch.randn(2, 4, 8, 8, device=device), torch.randn(3, 4, 1, 3, 3, device=device)
+    qfn = teint8.quantize(lambda w, x: F.conv2d(x, w, groups=4), Policy([Rule(activation=activation)]))
+    got = torch.func.vmap(lambda w: qfn(w, x))(weights)
+    assert different(got, torch.stack([qfn(w, x) for w in weights])) == 0
+    none = torch.func.vmap(lambda x: qfn(weights[0], x))(torch.empty(3, 0, 4, 8, 8, device=device))
+    assert none.shape == (3, 0, 4, 6, 6)
+
+
+def test_layers_that_change_their_weight_are_not_packed_by_their_type(device) -> None:
+    class Standardized(nn.Conv2d):
+        def _conv_forward(self, x, w, b):
+            return super()._conv_forward(x, w - w.mean((1, 2, 3), keepdim=True), b)
+
+    model = nn.Sequential(Standardized(3, 8, 3), nn.Conv2d(8, 4, 3)).to(device)
+    packed = teint8.pack(teint8.quantize(model), dict(model.named_parameters()))
+    assert [name for name, leaf in packed.items() if isinstance(leaf, QTensor)] == ["1.weight"]
+
+
+def test_sizes_that_change_compile_nothing_anew(device) -> None:
+    model = nn.Sequential(*(nn.Conv2d(4, 4, 3, 2, 1) for _ in range(3))).to(device)
+    qfn, params = teint8.quantize(model, Policy.training()), dict(model.named_parameters())
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(qfn, dynamic=True, fullgraph=True)
+    for h, w in ((32, 41), (33, 40), (47, 51), (64, 38), (35, 37)):
+        x = torch.randn(2, 4, h, w, device=device)
+        got = torch.autograd.grad(compiled(params, x).square().sum(), list(params.values()))
+        want = torch.autograd.grad(qfn(params, x).square().sum(), list(params.values()))
+        assert relative_error(list(got), list(want)) < 1e-3
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_weights_are_quantized_once_for_all_microbatches(device, monkeypatch) -> None:
+    from teint8 import autocast
+
+    made = []
+    original = autocast.kernel_codes
+    monkeypatch.setattr(autocast, "kernel_codes", lambda *args: made.append(1) or original(*args))
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 4, 3, groups=2)).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with te_int8_autocast():
+        for step in range(2):
+            for _ in range(3):
+                model(torch.randn(2, 3, 8, 8, device=device)).sum().backward()
+            assert len(made) == 2 * (step + 1)
+            optimizer.step()
+    x = torch.randn(2, 3, 8, 8, device=device)
+    assert different(teint8.quantize(model)(dict(model.named_parameters()), x), _in_context(model, x)) == 0
+
+
+def _in_context(model: nn.Module, x: Tensor) -> Tensor:
+    with te_int8_autocast():
+        model(x)
+        return model(x)
+
+
+def test_receipts_name_what_ran() -> None:
+    w3, x3 = torch.randn(4, 4, 2, 2, 2), torch.randn(1, 4, 5, 5, 5)
+    grouped, x2 = torch.randn(4, 4, 3, 3), torch.randn(1, 16, 6, 6)
+    point = torch.randn(8, 16, 1, 1)
+    for function, ran_as in (
+        (lambda p, x: F.conv3d(x3, w3), "patches"),
+        (lambda p, x: F.conv3d(x3, w3[:, :1], groups=4), "patches"),
+        (lambda p, x: F.conv2d(x2, grouped, groups=4), "patches"),
+        (lambda p, x: F.conv2d(x2, point, padding="same"), None),
+    ):
+        (record,) = teint8.explain(teint8.quantize(function), (), x2)
+        assert record.implementation == ran_as if ran_as else not record.implementation.startswith(("cpu-c", "patches"))
 
 
 BAD = {
@@ -405,6 +583,12 @@ BAD = {
     "too small": (lambda x, w: ops.conv(x[..., :2], w), ValueError, "no window that fits"),
     "stride": (lambda x, w: ops.conv(x, w, stride=(1, 2, 3)), ValueError, "stride is"),
     "same": (lambda x, w: ops.conv(x, w, stride=2, padding="same"), ValueError, "'same' with stride 1"),
+    "no groups": (lambda x, w: ops.conv(x, w, groups=0), ValueError, "groups 0"),
+    "no stride": (lambda x, w: ops.conv(x, w, stride=0), ValueError, "no window that fits"),
+    "integer bias": (lambda x, w: ops.conv(x, w, torch.ones(6, dtype=torch.long)), TypeError, "bias is torch.int64"),
+    "output padding": (lambda x, w: ops.conv(x, w[:4], transposed=True, output_padding=-1), ValueError, "no window that fits"),
+    "routed, too small": (lambda x, w: teint8.quantize(lambda p, x: F.conv2d(x, p))(w, x[..., :2]), ValueError, "no window that fits"),
+    "routed, other dimensions": (lambda x, w: teint8.quantize(lambda p, x: F.conv2d(x, p))(w, x[None]), RuntimeError, "conv2d"),
     "another packing": (lambda x, w: ops.conv(x, QTensor.quantize(w)), ValueError, "was not packed for this convolution"),
 }
 

@@ -83,9 +83,11 @@ def conv(
     """
     packed = weight if isinstance(weight, QTensor) else None
     w: Any = None if packed is not None else weight
-    _check(x, weight, bias, groups, transposed)
-    x, shape = _shape_of(x, weight.shape[2:], stride, padding, dilation, groups, transposed, output_padding)
-    _check_sizes(x, weight, shape)
+    _check(x, weight, bias, groups, transposed, dtype)
+    shape, odd = _shape_of(weight.shape[2:], stride, padding, dilation, groups, transposed, output_padding)
+    if any(odd):  # "same" pads one side more than the other
+        x = torch.nn.functional.pad(x, [p for o in reversed(odd) for p in (0, o)])
+    _check_sizes(x.shape[2:], weight.shape[2:], shape, x, weight)
     dtype = dtype or x.dtype
     if _is_pointwise(weight.shape[2:], shape):
         flat: Any = w.flatten(1) if packed is None else _flat(packed)
@@ -127,20 +129,25 @@ def _is_pointwise(kernel: Sequence[int], shape: Shape) -> bool:
 
 
 def conv_problem(
-    x: Tensor, kernel: Sequence[int], dtype: torch.dtype, *, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1,
-    transposed: bool = False, output_padding: Any = 0,
+    x: Tensor, weight: Tensor | QTensor, bias: Tensor | None, dtype: torch.dtype, *, stride: Any = 1, padding: Any = 0,
+    dilation: Any = 1, groups: int = 1, transposed: bool = False, output_padding: Any = 0,
 ) -> tuple[str, Problem]:  # fmt: skip
-    """The op that ``conv`` of x (B, C, *S) by a weight of this shape runs, and the Problem that it poses."""
-    nd, op = len(kernel) - 2, "conv"
-    sizes = list(x.shape[2:])
-    if padding == "same":
-        padding, out = 0, sizes
-    else:
-        shape = _shape_of(x, kernel[2:], stride, padding, dilation, groups, transposed, output_padding)[1]
-        out = list(shape.out(sizes, kernel[2:]))
-        op = "int8_mm" if _is_pointwise(kernel[2:], shape) else "conv"
-    n, c = (kernel[1], kernel[0] // groups) if transposed else (kernel[0] // groups, kernel[1])
-    return op, Problem(x.device.type, dtype, groups, x.shape[0] * math.prod(out[:nd]), n, c * math.prod(kernel[2:]))
+    """The op that ``conv`` of these runs, and the Problem that it poses.
+
+    Raises:
+        TypeError, ValueError: as ``conv``, but for dtypes that differ, which torch.autocast may mend.
+
+    """
+    _check_shapes(x, weight, bias, groups, transposed)
+    kernel = weight.shape[2:]
+    shape, odd = _shape_of(kernel, stride, padding, dilation, groups, transposed, output_padding)
+    sizes = [s + o for s, o in zip(x.shape[2:], odd, strict=True)]
+    _check_sizes(sizes, kernel, shape, x, weight)
+    op = "int8_mm" if _is_pointwise(kernel, shape) else "conv"
+    n, c = (weight.shape[1], weight.shape[0] // groups) if transposed else (weight.shape[0] // groups, weight.shape[1])
+    m = x.shape[0] * math.prod(shape.out(sizes, kernel))
+    extra = (len(kernel), c) if op == "conv" else ()
+    return op, Problem(x.device.type, dtype, groups, m, n, c * math.prod(kernel), extra)
 
 
 def _strided(x: Tensor, stride: Sequence[int]) -> Tensor:
@@ -150,11 +157,11 @@ def _strided(x: Tensor, stride: Sequence[int]) -> Tensor:
     return x
 
 
-def _check(x: Tensor, weight: Tensor | QTensor, bias: Tensor | None, groups: int, transposed: bool) -> None:
+def _check(x: Tensor, weight: Tensor | QTensor, bias: Tensor | None, groups: int, transposed: bool, dtype: torch.dtype | None) -> None:
     for name, t in (("x", x), ("weight", weight)):
         if not isinstance(t, (Tensor, QTensor)) or not t.dtype.is_floating_point:
             raise TypeError(f"conv: {name} is {getattr(t, 'dtype', type(t).__name__)}; a float tensor is needed")
-    if x.dtype != weight.dtype:
+    if x.dtype != weight.dtype and dtype is None:
         raise TypeError(f"conv: x is {x.dtype} and weight {weight.dtype}; one dtype is needed, such as x.to({weight.dtype})")
     _check_shapes(x, weight, bias, groups, transposed)
     if x.device != weight.device or (bias is not None and bias.device != x.device):
@@ -170,17 +177,19 @@ def _check_shapes(x: Tensor, weight: Tensor | QTensor, bias: Tensor | None, grou
             f"conv: {shapes} do not fit; (B, C, *S) and (N, C / groups, *kernel) with 1 to 3 spatial dimensions are needed"
         )
     channels, split = (weight.shape[0], weight.shape[0]) if transposed else (weight.shape[1] * groups, weight.shape[0])
-    if groups < 1 or x.shape[1] != channels or split % groups:
+    if groups < 1 or x.shape[1] != channels or split % max(groups, 1):
         raise ValueError(f"conv: {shapes} do not fit; {channels} channels, and {split} that groups divides, are needed")
     n = weight.shape[1] * groups if transposed else weight.shape[0]
+    if bias is not None and not bias.is_floating_point():
+        raise TypeError(f"conv: bias is {bias.dtype}; a float tensor is needed")
     if bias is not None and tuple(bias.shape) != (n,):
         raise ValueError(f"conv: bias has shape {tuple(bias.shape)}; ({n},) is needed for {shapes}")
 
 
 def _shape_of(
-    x: Tensor, kernel: Sequence[int], stride: Any, padding: Any, dilation: Any, groups: int, transposed: bool, output_padding: Any
-) -> tuple[Tensor, Shape]:
-    """The arguments as tuples; x, padded by hand where "same" pads one side more than the other."""
+    kernel: Sequence[int], stride: Any, padding: Any, dilation: Any, groups: int, transposed: bool, output_padding: Any
+) -> tuple[Shape, list[int]]:
+    """The arguments as tuples; and what "same" pads behind more than before."""
     nd = len(kernel)
 
     def each(name: str, value: Any) -> tuple[int, ...]:
@@ -189,26 +198,23 @@ def _shape_of(
             raise ValueError(f"conv: {name} is {value!r}; one number, or {nd}, are needed")
         return values
 
-    stride, dilation = each("stride", stride), each("dilation", dilation)
+    stride, dilation, odd = each("stride", stride), each("dilation", dilation), [0] * nd
     if isinstance(padding, str):
         if padding not in ("same", "valid") or transposed or (padding == "same" and any(s != 1 for s in stride)):
             raise ValueError(f"conv: padding is {padding!r} with stride {stride}; numbers, 'valid', or 'same' with stride 1 are needed")
         total = [d * (k - 1) if padding == "same" else 0 for k, d in zip(kernel, dilation, strict=True)]
         odd = [p % 2 for p in total]
-        if any(odd):
-            x = torch.nn.functional.pad(x, [p for o in reversed(odd) for p in (0, o)])
         padding = tuple(p // 2 for p in total)
     outs = each("output_padding", output_padding) if transposed else ()
-    return x, Shape(stride, each("padding", padding), dilation, groups, transposed, outs)
+    return Shape(stride, each("padding", padding), dilation, groups, transposed, outs), odd
 
 
-def _check_sizes(x: Tensor, weight: Tensor | QTensor, shape: Shape) -> None:
-    kernel = weight.shape[2:]
+def _check_sizes(sizes: Sequence[int], kernel: Sequence[int], shape: Shape, x: Tensor, weight: Tensor | QTensor) -> None:
     steps = all(s > 0 and d > 0 for s, d in zip(shape.stride, shape.dilation, strict=True)) and all(p >= 0 for p in shape.padding)
     if shape.transposed:
-        steps = steps and all(o < max(s, d) for o, s, d in zip(shape.output_padding, shape.stride, shape.dilation, strict=True))
-    if not steps or math.prod(kernel) == 0 or any(size < 1 for size in shape.out(x.shape[2:], kernel)):
+        steps = steps and all(0 <= o < max(s, d) for o, s, d in zip(shape.output_padding, shape.stride, shape.dilation, strict=True))
+    if not steps or math.prod(kernel) == 0 or any(size < 1 for size in shape.out(sizes, kernel)):
         raise ValueError(
-            f"conv: x {tuple(x.shape)} by kernel {tuple(kernel)} with stride {shape.stride}, padding {shape.padding}, dilation "
+            f"conv: x {tuple(x.shape)} by weight {tuple(weight.shape)} with stride {shape.stride}, padding {shape.padding}, dilation "
             f"{shape.dilation}, output_padding {shape.output_padding or 0}: there is no window that fits"
         )

@@ -46,15 +46,17 @@ class Shape(NamedTuple):
             sizes = [(s - 1) * step + 1 for s, step in zip(sizes, self.stride, strict=True)]
         return self.window(kernel).out(sizes, kernel)
 
-    def adjoint(self, sizes: Sequence[int], kernel: Sequence[int]) -> "Shape":
-        """The convolution that takes the gradient of a result back to inputs of these sizes, by the same weight."""
-        if self.transposed:
-            return self._replace(transposed=False, output_padding=())
-        left = [
-            (s + 2 * p - d * (k - 1) - 1) % step
-            for s, k, step, p, d in zip(sizes, kernel, self.stride, self.padding, self.dilation, strict=True)
-        ]
-        return self._replace(transposed=True, output_padding=tuple(left))
+    def adjoint(self, sizes: Sequence[int], outs: Sequence[int], kernel: Sequence[int]) -> tuple[bool, Window]:
+        """Whether the gradient of a result goes back to inputs of these sizes by a transposed convolution, and by which window."""
+        padding: list[int] = []
+        for s, o, k, step, p, d in zip(sizes, outs, kernel, self.stride, self.padding, self.dilation, strict=True):
+            if self.transposed:
+                padding += [p, (s - 1) * step + d * (k - 1) + 1 - o - p]
+            else:
+                before = d * (k - 1) - p
+                padding += [before, s + d * (k - 1) - (o - 1) * step - 1 - before]
+        steps = self.stride if self.transposed else (1,) * len(self.stride)
+        return not self.transposed, Window(steps, tuple(padding), self.dilation, self.groups)
 
 
 class _How(NamedTuple):
@@ -66,7 +68,6 @@ class _How(NamedTuple):
     wgrad: str
     impl: str
     keep: bool
-    channels_last: bool
 
 
 def kernel_rows(w: Tensor, transposed: bool, groups: int) -> Tensor:
@@ -112,7 +113,7 @@ def packed_kernel(w: Tensor, granularity: str, transposed: bool) -> QTensor:
     """A QTensor of a weight whose convolution has no groups, if it is transposed."""
     codes, scale = kernel_codes(w, granularity, transposed, 1)
     return QTensor(
-        _from_rows(codes, transposed, 1).contiguous(),
+        _from_rows(codes, transposed, 1),  # channels last in memory, as they are read
         _from_rows(scale.reshape(-1, *[1] * (w.ndim - 1)), transposed, 1).contiguous(),
         None,
         w.dtype,
@@ -163,9 +164,9 @@ def _spread(codes: Tensor, stride: Sequence[int]) -> Tensor:
 
 
 def _multiply(x: Codes, w: Codes, bias: Tensor | None, shape: Shape, dtype: torch.dtype, impl: str) -> Tensor:
-    """(B, N, *S') from codes, channels last in memory."""
+    """(B, *S', N) from codes."""
     xq = _spread(x[0], shape.stride) if shape.transposed else x[0]
-    return int8_conv(xq, x[1], *w, bias, shape.window(w[0].shape[1:-1]), dtype, impl).movedim(-1, 1)
+    return int8_conv(xq, x[1], *w, bias, shape.window(w[0].shape[1:-1]), dtype, impl)
 
 
 def _wgrad(inputs: Codes, outputs: Codes, shape: Shape, kernel: Sequence[int], dtype: torch.dtype, impl: str) -> Tensor:
@@ -173,11 +174,11 @@ def _wgrad(inputs: Codes, outputs: Codes, shape: Shape, kernel: Sequence[int], d
     (iq, i_scale), (oq, o_scale), g = inputs, outputs, shape.groups
     c = iq.shape[0] // g
     apart = iq.reshape(g, c, *iq.shape[1:]).movedim(0, -2).flatten(-2)  # (C / groups, *S, groups * B)
-    window = Window(shape.dilation, tuple(p for p in shape.padding for _ in range(2)), shape.stride, g)
-    y = int8_conv(apart, i_scale.view(g, c).t(), oq, o_scale, None, window, dtype, impl)
-    for i, size in enumerate(kernel, 1):  # what a stride leaves over of the input is seen by no window
-        y = y.narrow(i, 0, size)
-    return y.movedim(-1, 0)
+    padding: list[int] = []
+    for s, o, k, step, p, d in zip(iq.shape[1:-1], oq.shape[1:-1], kernel, shape.stride, shape.padding, shape.dilation, strict=True):
+        padding += [p, (k - 1) * d + (o - 1) * step + 1 - s - p]  # what a stride leaves over of the input is cut off
+    window = Window(shape.dilation, tuple(padding), shape.stride, g)
+    return int8_conv(apart, i_scale.view(g, c).t(), oq, o_scale, None, window, dtype, impl).movedim(-1, 0)
 
 
 def float_conv(x: Tensor, w: Tensor, shape: Shape, bias: Tensor | None = None) -> Tensor:
@@ -232,7 +233,7 @@ def kernel_hat(w: Tensor | None, codes: Tensor, scale: Tensor, shape: Shape, dty
 
 
 class _Conv(torch.autograd.Function):
-    """y = conv(x_hat, w_hat) + bias from codes; x (B, C, *S), w in torch's layout."""
+    """y = conv(x_hat, w_hat) + bias from codes; x (B, C, *S), w in torch's layout, y (B, *S', N)."""
 
     generate_vmap_rule = True
 
@@ -252,7 +253,8 @@ class _Conv(torch.autograd.Function):
         how: _How,
     ) -> Tensor:
         y = _multiply((xq, xs), (wq, ws), bias, how.shape, how.dtype, how.impl)
-        return y if how.channels_last else y.contiguous()
+        # a view that autograd does not take for one: the caller may write to the result in place
+        return torch.ops.aten._unsafe_view(y, y.shape)  # type: ignore[no-any-return]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -273,8 +275,9 @@ class _Conv(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor | None) -> Any:  # type: ignore[override]
         grads: list[Any] = [None, None, None]
         if g is not None:
-            clipped, how = ctx.saved_tensors[8], ctx.how
-            grads[:2] = _gradients(ctx, g)
+            saved, how = ctx.saved_tensors, ctx.how  # read once: a checkpoint recomputes them
+            clipped, g = saved[8], g.movedim(-1, 1)
+            grads[:2] = _gradients(saved, ctx.sizes, ctx.needs_input_grad[:2], how, g)
             grads[0] = None if grads[0] is None else unclipped(grads[0], clipped)
             if ctx.needs_input_grad[2]:
                 grads[2] = g.sum([0, *range(2, g.ndim)])
@@ -296,31 +299,29 @@ class _Conv(torch.autograd.Function):
             kernel = wq.shape[1:-1]
             size = (xq.shape[0], wq.shape[0], *shape.out(xq.shape[1:-1], kernel))
             parts.append(dbias.to(dtype).view(-1, *[1] * len(kernel)).expand(size))
-        return sum(parts[1:], parts[0]).clone()
+        return sum(parts[1:], parts[0]).movedim(1, -1).clone()
 
 
-def _gradients(ctx: Any, g: Tensor) -> list[Tensor | None]:
-    """dX and dW, of these what is wanted."""
-    x, w, xq, xs, wq, ws, xtq, xts, clipped, seed = ctx.saved_tensors
-    how: _How = ctx.how
+def _gradients(saved: Any, sizes: Any, needed: Any, how: _How, g: Tensor) -> list[Tensor | None]:
+    """dX and dW, of these what is wanted; g (B, N, *S')."""
+    x, w, xq, xs, wq, ws, xtq, xts, clipped, seed = saved
     shape, kernel = how.shape, wq.shape[1:-1]
-    need_x, need_w = ctx.needs_input_grad[:2]
+    need_x, need_w = needed
     int8_x, int8_w = bool(how.gradient) and need_x, xtq is not None and need_w
     grads: list[Tensor | None] = [None, None]
     in_float = (need_x and (how.keep or not int8_x), need_w and (how.keep or not int8_w))
     if any(in_float):
         w_shape = _from_rows(wq, shape.transposed, shape.groups).shape
-        x_hat = _x_hat(x, xq, xs, clipped, g.dtype) if in_float[1] else g.new_empty(1).expand(ctx.sizes)
+        x_hat = _x_hat(x, xq, xs, clipped, g.dtype) if in_float[1] else g.new_empty(1).expand(sizes)
         w_hat = kernel_hat(w, wq, ws, shape, g.dtype) if in_float[0] else g.new_empty(1).expand(w_shape)
         grads = _float_backward(g, x_hat, w_hat, shape, in_float)
     if int8_x:
         gq = activation_codes(g, "row", None, shape.groups, how.impl, seed)
         weight = _from_rows(wq.float() * ws.view(-1, *[1] * (wq.ndim - 1)), shape.transposed, shape.groups) if w is None else w.detach()
-        back = shape.adjoint(ctx.sizes[2:], kernel)
-        codes = kernel_codes(weight, "row", back.transposed, shape.groups, how.impl)
-        dx = _multiply(gq, codes, None, back, g.dtype, how.impl)
-        for i, size in enumerate(ctx.sizes[2:], 2):  # an output padding of a stride or more would be seen by more inputs
-            dx = dx.narrow(i, 0, size)
+        transposed, window = shape.adjoint(sizes[2:], g.shape[2:], kernel)
+        codes = kernel_codes(weight, "row", transposed, shape.groups, how.impl)
+        rows = _spread(gq[0], shape.stride) if transposed else gq[0]
+        dx = int8_conv(rows, gq[1], *codes, None, window, g.dtype, how.impl).movedim(-1, 1)
         grads[0] = _instead(grads[0], dx, how)
     if int8_w:
         gt = _by_channel(g, None if seed is None else seed ^ 1, how.impl)
@@ -355,19 +356,26 @@ def convolve(
     """The convolution of operands that fit, its weight already quantized, and its activation perhaps."""
     shape = Shape(*shape)
     xq, xs = activation_codes(x, activation, scale, shape.groups, impl) if x_codes is None else x_codes
-    last = is_channels_last(x)
     if not differentiates(x, w, bias):
-        how = _How(shape, dtype, "", "", impl, False, last)
-        return _Conv.forward(x, None, bias, xq, xs, *w_codes, None, None, None, None, how)
+        how = _How(shape, dtype, "", "", impl, False)
+        y = _Conv.forward(x, None, bias, xq, xs, *w_codes, None, None, None, None, how)
+        return _as_torch(y, x)
     clipped = seed = None
     if scale is not None:
         clipped = numerics.clipped(x.detach(), scale)
     if gradient == "stochastic":
         seed = torch.randint(2**62, (), device=x.device)
-    xtq, xts = _by_channel(x, None, impl) if gradient and wgrad == "int8" else (None, None)
-    how = _How(shape, dtype, gradient, wgrad, impl, keeps(), last)
-    y: Tensor = _Conv.apply(x, w, bias, xq, xs, *w_codes, xtq, xts, clipped, seed, how)
-    return y
+    columns = gradient and wgrad == "int8" and differentiates(w)
+    xtq, xts = _by_channel(x, None, impl) if columns else (None, None)
+    how = _How(shape, dtype, gradient, wgrad, impl, keeps())
+    y = _Conv.apply(x, w, bias, xq, xs, *w_codes, xtq, xts, clipped, seed, how)
+    return _as_torch(y, x)
+
+
+def _as_torch(y: Tensor, x: Tensor) -> Tensor:
+    """(B, N, *S') of (B, *S', N), in the memory format that torch would give it."""
+    y = y.movedim(-1, 1)
+    return y if is_channels_last(x) else y.contiguous()
 
 
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]

@@ -1,7 +1,6 @@
 """CPU implementations of convolutions: windows and depthwise products in C, where a compiler is at hand."""
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +11,7 @@ from teint8.ops.cpu import results
 from teint8.ops.raw_conv import Window
 from teint8.ops.registry import Problem, register
 
+_TAPS = 4096
 _CHUNK = 1 << 23  # bytes of what windows see that are made at once
 
 
@@ -54,15 +54,12 @@ def _conv_c(xq: Tensor, xs: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None,
 
 
 def _depthwise(xq: Tensor, xs: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None, window: Window, dtype: torch.dtype) -> Tensor:
-    """A kernel for each channel; what has more channels in a group goes by patches."""
-    if wq.shape[-1] != 1:
-        y: Tensor = next(i for i in registry.implementations("conv") if i.name == "patches").run(xq, xs, wq, ws, bias, window, dtype)
-        return y
+    """A kernel for each channel."""
     out = window.out(xq.shape[1:-1], wq.shape[1:-1])
     x, channels = _in_images(xq), wq.shape[0]
     made = results(x.shape[0] * math.prod(out), channels, dtype).view(x.shape[0], *_in_two(out, 1), channels)
     taps = wq.reshape(channels, -1).t().contiguous()
-    scales = xs.expand(-1, channels).contiguous()
+    scales = xs.repeat_interleave(channels // xs.shape[1], 1)
     cpu_rows.depthwise(x, scales, taps, ws.contiguous(), _float32(bias), made, _in_two(wq.shape[1:-1], 1), *_where(window))
     return made.view(x.shape[0], *out, channels)
 
@@ -78,29 +75,23 @@ def _why_not(problem: Problem) -> str | None:
     return f"it has no {problem.dtype}" if problem.dtype not in cpu_rows.DTYPES else cpu_rows.why_not()
 
 
+def _flat_why_not(problem: Problem) -> str | None:
+    return "it is for one or two spatial dimensions" if problem.extra[0] > 2 else _why_not(problem)
+
+
 def _conv_why_not(problem: Problem) -> str | None:
-    return f"the channels are in {problem.batch} groups" if problem.batch > 1 else _why_not(problem)
+    return f"the channels are in {problem.batch} groups" if problem.batch > 1 else _flat_why_not(problem)
 
 
 def _depthwise_why_not(problem: Problem) -> str | None:
-    return "it is for one channel in each group" if problem.batch == 1 or problem.n > 1 else _why_not(problem)
+    if problem.batch == 1 or problem.n > 1 or problem.extra[1] > 1:
+        return "it is for one channel in each group"
+    # a window's taps are held on the stack: a gradient's is the whole image
+    return f"a kernel has {problem.k} taps; it is for up to {_TAPS}" if problem.k > _TAPS else _flat_why_not(problem)
 
 
 def register_all() -> None:
     """Register the CPU's convolutions."""
-    register("conv", "cpu-c", _flat(_conv_c), device="cpu", priority=20, why_not=_conv_why_not)
-    register("conv", "cpu-depthwise", _flat(_depthwise), device="cpu", priority=20, why_not=_depthwise_why_not)
+    register("conv", "cpu-c", _conv_c, device="cpu", priority=20, why_not=_conv_why_not)
+    register("conv", "cpu-depthwise", _depthwise, device="cpu", priority=20, why_not=_depthwise_why_not)
     register("quantize_channels", "cpu-c", _channels, device="cpu", priority=20, why_not=_why_not)
-
-
-def _flat(run: Any) -> Any:
-    """One or two spatial dimensions; three go by patches."""
-
-    def flat(xq: Tensor, *args: Any) -> Tensor:
-        if xq.ndim > 4:
-            run_patches = next(i for i in registry.implementations("conv") if i.name == "patches").run
-            y: Tensor = run_patches(xq, *args)
-            return y
-        return run(xq, *args)  # type: ignore[no-any-return]
-
-    return flat

@@ -97,7 +97,7 @@ def _quantize_channels_fake(x: Tensor, impl: str) -> tuple[Tensor, Tensor]:
 def _quantize_channels_vmap(info: Any, in_dims: Any, x: Tensor, impl: str) -> Any:
     x = x.movedim(in_dims[0], 0)
     codes, scales = torch.ops.teint8.quantize_channels(x.flatten(0, 1), impl)
-    return (codes.view(x.shape), scales.view(*x.shape[:2], -1)), (0, 0)
+    return (codes.view(x.shape), scales.view(*x.shape[:2], x.shape[-1])), (0, 0)
 
 
 def int8_conv(
@@ -142,7 +142,8 @@ def int8_conv(
 def problem_of(x_shape: Sequence[Any], w_shape: Sequence[Any], window: Window, device: str, dtype: torch.dtype) -> Problem:
     """The Problem that a convolution poses: rows are windows, ``batch`` is the number of groups."""
     out = window.out(x_shape[1:-1], w_shape[1:-1])
-    return Problem(device, dtype, window.groups, x_shape[0] * math.prod(out), w_shape[0] // window.groups, math.prod(w_shape[1:]))
+    sizes = (x_shape[0] * math.prod(out), w_shape[0] // window.groups, math.prod(w_shape[1:]))
+    return Problem(device, dtype, window.groups, *sizes, (len(out), w_shape[-1]))
 
 
 def padded(x: Tensor, padding: Sequence[int]) -> Tensor:
@@ -150,10 +151,11 @@ def padded(x: Tensor, padding: Sequence[int]) -> Tensor:
     if not any(padding):
         return x
     pairs = [(padding[2 * i], padding[2 * i + 1]) for i in range(len(padding) // 2)]
+    grow = [max(p, 0) for pair in reversed(pairs) for p in pair]
+    x = torch.nn.functional.pad(x, [0, 0, *grow]) if any(grow) else x
     for i, (before, behind) in enumerate(pairs, 1):
         x = x.narrow(i, -min(before, 0), x.shape[i] + min(before, 0) + min(behind, 0))
-    grow = [max(p, 0) for pair in reversed(pairs) for p in pair]
-    return torch.nn.functional.pad(x, [0, 0, *grow]) if any(grow) else x
+    return x
 
 
 def patches(x: Tensor, kernel: Sequence[int], window: Window) -> Tensor:

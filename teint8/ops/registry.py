@@ -45,7 +45,10 @@ OPS = ("quantize", "int8_mm", "linear", "quantize_both", "activation", "mlp", "n
 
 
 class Problem(NamedTuple):
-    """What an implementation is chosen by; ``quantize`` has n = 0, and its dtype is that of x."""
+    """What an implementation is chosen by; ``quantize`` has n = 0, and its dtype is that of x.
+
+    ``extra``: for conv, how many spatial dimensions there are, and channels in a group.
+    """
 
     device: str
     dtype: torch.dtype
@@ -53,6 +56,7 @@ class Problem(NamedTuple):
     m: int
     n: int
     k: int
+    extra: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

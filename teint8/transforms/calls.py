@@ -277,6 +277,31 @@ def _convolution(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
     return route.convolve(call, route.operand(call.w) or Operand(call.w), in_float)
 
 
+def _bilinear(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
+    """y = x1^T W x2 + b, for each output channel: the product by the second input in INT8, the sum over the first in float."""
+    first, second, w, bias = shapes.bind(("input1", "input2", "weight", "bias"), args, kwargs)
+    weight = route.operand(w) or Operand(w)
+    rule = route.rule(route.path(weight), "matmul")
+
+    def in_float() -> Any:
+        return torch.ops.aten.bilinear(*route.plain((first, second, w, bias)))
+
+    if rule is not None and rule.weight is not None and rule.weight.granularity != "row":
+        route.stays_float(weight, "matmul", "bilinear is taken over with a scale for each row of the weight")
+        return in_float()
+    value = weight.value
+    if isinstance(value, QTensor):
+        flat: Any = QTensor(value.codes.flatten(0, 1), value.scale.flatten(0, 1), value.activation_scale, value.dtype)
+    else:
+        flat = value.flatten(0, 1)
+    y = route.multiply("matmul", second, Operand(flat, route.path(weight)), -1, None, lambda: None)
+    if y is None:  # it stayed float
+        return in_float()
+    first, bias = route.plain((first, bias))
+    y = (y.unflatten(-1, value.shape[:2]) * first.unsqueeze(-2)).sum(-1)
+    return y if bias is None else y + bias
+
+
 def _table(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
     table = args[1] if len(args) > 1 else kwargs["weight"]
     return tables.look_up(route, func, args, kwargs, route.operand(table) or Operand(table))
@@ -364,7 +389,7 @@ _FLOAT_CONVOLUTIONS = {
 
 _PRODUCTS = (
     torch.mv, Tensor.mv, torch.addmv, Tensor.addmv, torch.addbmm,
-    Tensor.addbmm, torch.linalg.multi_dot, torch.chain_matmul, F.bilinear,
+    Tensor.addbmm, torch.linalg.multi_dot, torch.chain_matmul,
 )  # fmt: skip
 FLOAT_ONLY: dict[Any, Callable[[Route, Any, Any, Any], Any]] = {
     torch.convolution: _stays_float("conv", "torch.convolution is not taken over; write it as F.conv2d"),
@@ -391,6 +416,7 @@ HANDLERS: dict[Any, Callable[[Route, Any, Any, Any], Any]] = {
     Tensor.inner: _inner,
     **dict.fromkeys(CELLS, _cell),
     **dict.fromkeys(recurrent.LAYERS, _recurrent),
+    F.bilinear: _bilinear,
     **dict.fromkeys(_FLOAT_CONVOLUTIONS, _convolution),
     **dict.fromkeys(tables.FUNCTIONS, _table),
     **FLOAT_ONLY,

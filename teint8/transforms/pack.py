@@ -1,5 +1,6 @@
 """``pack`` and ``unpack``: float parameters to INT8 weights and back, in the same tree."""
 
+import functools
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -111,8 +112,10 @@ def pack_weight(weight: Tensor, axis: int | tuple[int, ...], granularity: str) -
     """One weight by the device's kernel, contracted along ``axis``; along several that of a convolution."""
     with torch.no_grad():
         if isinstance(axis, tuple):
-            own = weight[(0,) * max(weight.ndim - len(axis) - 1, 0)]  # a stack of models has more dimensions in front
-            return packed_kernel(weight, granularity, axis == contracted(own.ndim, True))
+            pack_one = functools.partial(packed_kernel, granularity=granularity, transposed=axis == contracted(len(axis) + 1, True))
+            for _ in range(weight.ndim - len(axis) - 1):  # a stack of models has more dimensions in front
+                pack_one = torch.func.vmap(pack_one)  # type: ignore[assignment]
+            return pack_one(weight)
         rows = weight.detach() if axis == -1 else weight.detach().mT
         codes, scale = quantize_rows(rows, group_dims=1 if granularity == "row" else 2)
         return QTensor.from_rows(codes, scale.unsqueeze(-1), weight.dtype, axis)
@@ -172,28 +175,30 @@ def _op_of(owner: nn.Module, axis: int | tuple[int, ...]) -> str:
         return "embedding"
     if isinstance(owner, nn.RNNBase):
         return "recurrent"
+    if isinstance(owner, nn.Bilinear):
+        return "matmul"
     return "conv" if isinstance(axis, tuple) else "linear" if axis == -1 else "matmul"
 
 
 _TABLES = {nn.Embedding.forward, nn.EmbeddingBag.forward}
 _CONVOLUTIONS = {m.forward for m in (nn.Conv1d, nn.Conv2d, nn.Conv3d)}
+_CONV_FORWARDS = {m._conv_forward for m in (nn.Conv1d, nn.Conv2d, nn.Conv3d)}
 _TRANSPOSED = {m.forward for m in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)}
 
 
 def _contracted_dimension(owner: nn.Module, name: str) -> int | tuple[int, ...] | None:
     """-1, -2 or those of a convolution, for a weight of a layer that is known to multiply by it, else None."""
     forward = type(owner).forward
-    if forward in _CONVOLUTIONS and name == "weight":
-        return contracted(owner.weight.ndim, False)  # type: ignore[arg-type]
-    if forward in _TRANSPOSED and name == "weight" and owner.groups == 1:
-        return contracted(owner.weight.ndim, True)  # type: ignore[arg-type]
-    if forward is nn.Linear.forward and name == "weight":
-        return -1
-    if isinstance(owner, nn.RNNBase) and name.startswith("weight_"):
-        return -1
-    if forward in _TABLES and name == "weight" and owner.max_norm is None:
-        return -1
-    if forward is nn.MultiheadAttention.forward and name.endswith("proj_weight"):
+    if name == "weight" and forward in _CONVOLUTIONS:
+        whole = type(owner)._conv_forward in _CONV_FORWARDS  # type: ignore[attr-defined]
+        return contracted(owner.weight.ndim, False) if whole else None  # type: ignore[arg-type]
+    if name == "weight" and forward in _TRANSPOSED:
+        return contracted(owner.weight.ndim, True) if owner.groups == 1 else None  # type: ignore[arg-type]
+    if name == "weight" and forward in _TABLES:
+        return -1 if owner.max_norm is None else None
+    rows = forward is nn.MultiheadAttention.forward and name.endswith("proj_weight")
+    rows = rows or (forward in (nn.Linear.forward, nn.Bilinear.forward) and name == "weight")
+    if rows or (isinstance(owner, nn.RNNBase) and name.startswith("weight_")):
         return -1
     transformers = sys.modules.get("transformers.pytorch_utils")
     if transformers is not None and forward is transformers.Conv1D.forward and name == "weight":

@@ -214,34 +214,37 @@ class Route(TorchFunctionMode):
         path = self.path(weight)
         rule = self.rule(path, "conv")
         axis = contracted(weight.value.ndim, call.transposed)
-        reason = _why_float_conv(rule, x, weight, axis)
+        reason = _why_float_conv(rule, x, weight, axis, call)
         if reason:
             if self.strict and rule is not None and rule.weight is not None:
                 raise ValueError(
                     f"strict: {path} (conv) cannot run in INT8: {reason}. Leave it in float with Rule({path!r}, weight=None) "
                     "before the other rules, or leave strict off"
                 )
-            self.record_conv(path, call, weight, "float", "", reason)
+            self.record_conv(path, _problem_or_none(x, weight, call), weight, "float", "", reason)
             return float_call()
         assert rule is not None and rule.weight is not None
+        batched = x if x.ndim == call.dims + 2 else x.unsqueeze(0)
+        bias = self.plain(call.bias)
+        op, problem = ops.conv_problem(batched, weight.value, bias, _autocast_dtype(x) or x.dtype, **call.how)
         if not (call.transposed and call.groups > 1):
             weight = self.packed(weight, axis, rule.weight.granularity)
-        batched = x if x.ndim == call.dims + 2 else x.unsqueeze(0)
         impl = "reference" if rule.compute == "simulate" else ""
         if (self.receipt is not None or self.strict) and not torch.compiler.is_dynamo_compiling():
-            ran_as = "reference" if impl else "dequantized" if rule.activation is None else self._conv_implementation(batched, call)
+            problem = ops.Problem(*problem[:2], *map(_torch.number, problem[2:6]), problem.extra)
+            ran_as = "reference" if impl else "dequantized" if rule.activation is None else ops.select(op, problem).name
             if self.strict and ran_as == "reference" and rule.compute == "int8":
                 raise ValueError(
                     f"strict: {path} (conv) has no INT8 kernel for {x.dtype} on {x.device}: only the plain-torch reference can run it. "
                     "Register one with teint8.ops.register, ask for Rule(compute='simulate'), or leave strict off"
                 )
-            self.record_conv(path, call, weight, ran_as, mode_of(rule), "")
+            self.record_conv(path, problem, weight, ran_as, mode_of(rule), "")
         self.replay_in_checkpoints()
         activation = rule.activation
         y = ops.conv(
             batched,
             weight.value,
-            self.plain(call.bias),
+            bias,
             **call.how,
             weight_granularity=rule.weight.granularity,
             activation=None if activation is None else activation.granularity,
@@ -251,22 +254,20 @@ class Route(TorchFunctionMode):
             impl=impl,
             dtype=_autocast_dtype(x),
             shared=self.shared,
+            weight_codes=self.kernel_codes(weight, rule, call),
         )
         return y if batched is x else y.squeeze(0)
 
-    def _conv_implementation(self, x: Any, call: Convolution) -> str:
-        op, size = ops.conv_problem(x, call.w.shape, _autocast_dtype(x) or x.dtype, **call.how)
-        return ops.select(op, ops.Problem(*size[:2], *map(_torch.number, size[2:]))).name
+    def kernel_codes(self, weight: Operand, rule: Rule, call: Convolution) -> Any:
+        """Codes of a convolution's float weight where they are held already, as ``ops.conv`` takes them."""
+        return None
 
-    def record_conv(self, path: str, call: Convolution, weight: Operand, ran_as: str, mode: str, reason: str) -> None:
-        """Note one convolution on the receipt: M counts its windows, batch its groups."""
+    def record_conv(self, path: str, problem: Any, weight: Operand, ran_as: str, mode: str, reason: str) -> None:
+        """Note one convolution on the receipt: M counts its windows, batch its groups; of one in float only the weight is known."""
         if self.receipt is None or torch.compiler.is_dynamo_compiling():
             return
-        sizes: tuple[Any, ...] = (0, 0, 0, call.groups)
-        if call.x.ndim > call.dims:
-            batched = call.x if call.x.ndim == call.dims + 2 else call.x.unsqueeze(0)
-            m, n, k = ops.conv_problem(batched, weight.value.shape, torch.float32, **call.how)[1][3:]
-            sizes = (m, n, k, call.groups)
+        n, k = weight.value.shape[0], math.prod(weight.value.shape[1:])
+        sizes = (0, n, k, 1) if problem is None else (problem.m, problem.n, problem.k, problem.batch)
         self.receipt.add((path, "conv", *map(_torch.number, sizes), ran_as, mode, reason))
 
     def stays_float(self, weight: Operand, op: str, reason: str) -> None:
@@ -318,20 +319,40 @@ def _why_float(op: str, rule: Rule | None, x: Any, weight: Operand, axis: int) -
     return shapes.why_not(x, value)
 
 
-def _why_float_conv(rule: Rule | None, x: Any, weight: Operand, axis: tuple[int, ...]) -> str:
+def _problem_or_none(x: Any, weight: Operand, call: Convolution) -> Any:
+    """What a convolution that stays float would have been; None where it fits no convolution."""
+    try:
+        batched = x if x.ndim == call.dims + 2 else x.unsqueeze(0)
+        return ops.conv_problem(batched, weight.value, None, torch.float32, **call.how)[1]
+    except (TypeError, ValueError):
+        return None
+
+
+def _unfit(name: str, t: Any) -> str:
+    """The reason why an operand is none of a convolution in INT8, or ""."""
+    if not t.dtype.is_floating_point:
+        return f"the {name} is {t.dtype}"
+    if isinstance(t, Tensor) and (t.layout is not torch.strided or t.is_nested):
+        return f"the {name} is {t.layout}{' and nested' if t.is_nested else ''}"
+    return ""
+
+
+def _why_float_conv(rule: Rule | None, x: Any, weight: Operand, axis: tuple[int, ...], call: Convolution) -> str:
     """The reason why a convolution stays float, or ""."""
     if rule is None or rule.weight is None:
         return "no rule matches" if rule is None else "its rule leaves the weight in float"
     value = weight.value
-    for name, t in (("activation", x), ("weight", value)):
-        if not t.dtype.is_floating_point:
-            return f"the {name} is {t.dtype}"
-        if isinstance(t, Tensor) and (t.layout is not torch.strided or t.is_nested):
-            return f"an operand is {t.layout}{' and nested' if t.is_nested else ''}"
-    if x.dtype != value.dtype:
+    if x.ndim not in (call.dims + 1, call.dims + 2) or value.ndim != call.dims + 2:
+        return f"{call.dims} spatial dimensions do not fit {tuple(x.shape)} by {tuple(value.shape)}"  # torch tells what is wrong
+    unfit = _unfit("activation", x) or _unfit("weight", value)
+    if unfit:
+        return unfit
+    if x.dtype != value.dtype and _autocast_dtype(x) is None:
         return f"the activation is {x.dtype}, the weight {value.dtype}"
-    if isinstance(value, QTensor) and value.axis != axis:
+    if isinstance(value, QTensor) and (value.axis != axis or (call.transposed and call.groups > 1)):
         return "the weight was packed for another kind of convolution"
+    if weight.transposed:
+        return "the last dimensions of its weight are seen turned around"
     return ""
 
 
