@@ -231,7 +231,8 @@ class Route(TorchFunctionMode):
             weight = self.packed(weight, axis, rule.weight.granularity)
         impl = "reference" if rule.compute == "simulate" else ""
         if (self.receipt is not None or self.strict) and not torch.compiler.is_dynamo_compiling():
-            problem = ops.Problem(*problem[:2], *map(_torch.number, problem[2:6]), problem.extra)
+            batch, m, n, k = map(_torch.number, (problem.batch, problem.m, problem.n, problem.k))
+            problem = problem._replace(batch=batch, m=m, n=n, k=k)
             ran_as = "reference" if impl else "dequantized" if rule.activation is None else ops.select(op, problem).name
             if self.strict and ran_as == "reference" and rule.compute == "int8":
                 raise ValueError(
@@ -386,7 +387,8 @@ def _ran_as(x: Tensor, value: Any, rule: Rule, grouped: bool) -> str:
     n = value.shape[-2] if not isinstance(value, QTensor) or value.axis == -1 else value.shape[-1]
     batch, m = (value.shape[0], x.shape[0]) if grouped else problem_of(x, n, value.ndim)[2:4]
     dtype = None if grouped else _autocast_dtype(x)
-    problem = ops.Problem(x.device.type, dtype or x.dtype, *map(_torch.number, (batch, m, n, x.shape[-1])))
+    batch, m, n, k = map(_torch.number, (batch, m, n, x.shape[-1]))
+    problem = ops.Problem(x.device.type, dtype or x.dtype, batch, m, n, k)
     return ops.select("grouped_mm" if grouped else "int8_mm", problem).name
 
 
