@@ -130,7 +130,7 @@ def test_values_and_gradients_are_those_of_the_formula_in_float64(case: Case) ->
         torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-10)
 
 
-NAMES = ("cpu-c", "cpu-depthwise", "patches", "triton-interpreter", "triton")
+NAMES = ("cpu-c", "cpu-c-grouped", "cpu-depthwise", "patches", "triton-interpreter", "triton")
 
 
 def _operands(case: Case, device: str) -> tuple:
@@ -138,7 +138,8 @@ def _operands(case: Case, device: str) -> tuple:
     c, n = case.channels * case.groups, case.outs * case.groups
     codes = lambda *shape: torch.randint(-127, 128, shape, generator=g, dtype=torch.int8).to(device)
     xq, wq = codes(case.batch, *case.sizes, c), codes(n, *case.kernel, case.channels)
-    xs = torch.rand(case.batch, case.groups if case.seed % 2 else 1, generator=g).to(device)
+    parts = [v for v in range(1, case.groups + 1) if case.groups % v == 0]
+    xs = torch.rand(case.batch, parts[case.seed % len(parts)], generator=g).to(device)
     ws, b = torch.rand(n, generator=g).to(device), torch.randn(n, generator=g).to(device)
     if case.seed % 3 == 0:
         xs[0, 0] = float("nan")
@@ -511,6 +512,18 @@ def test_vmap_over_the_weights_of_a_depthwise_kernel(activation, device) -> None
     assert none.shape == (3, 0, 4, 6, 6)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_vmap_over_kernels_that_see_one_input(groups, device) -> None:
+    x, w, b = (
+        torch.randn(2, 4, 8, 8, device=device),
+        torch.randn(3, 6, 4 // groups, 3, 3, device=device),
+        torch.randn(3, 6, device=device),
+    )
+    qfn = teint8.quantize(lambda p, x: F.conv2d(x, p[0], p[1], groups=groups))
+    got = torch.func.vmap(lambda w, b: qfn((w, b), x))(w, b)
+    assert different(got, torch.stack([qfn((w[i], b[i]), x) for i in range(3)])) == 0
+
+
 def test_layers_that_change_their_weight_are_not_packed_by_their_type(device) -> None:
     class Standardized(nn.Conv2d):
         def _conv_forward(self, x, w, b):
@@ -566,7 +579,7 @@ def test_receipts_name_what_ran() -> None:
     for function, ran_as in (
         (lambda p, x: F.conv3d(x3, w3), "patches"),
         (lambda p, x: F.conv3d(x3, w3[:, :1], groups=4), "patches"),
-        (lambda p, x: F.conv2d(x2, grouped, groups=4), "patches"),
+        (lambda p, x: F.conv2d(x2, grouped, groups=4), "cpu-c-grouped"),
         (lambda p, x: F.conv2d(x2, point, padding="same"), None),
     ):
         (record,) = teint8.explain(teint8.quantize(function), (), x2)

@@ -53,6 +53,19 @@ def _conv_c(xq: Tensor, xs: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None,
     return y.view(x.shape[0], *out, n)
 
 
+def _grouped_c(xq: Tensor, xs: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None, window: Window, dtype: torch.dtype) -> Tensor:
+    """One group after the other."""
+    g = window.groups
+    c, n = xq.shape[-1] // g, wq.shape[0] // g
+    y = torch.empty(xq.shape[0], *window.out(xq.shape[1:-1], wq.shape[1:-1]), g * n, dtype=dtype)
+    alone = window._replace(groups=1)
+    for i in range(g):
+        channels, kernels, scale = slice(i * c, (i + 1) * c), slice(i * n, (i + 1) * n), i * xs.shape[1] // g
+        b = None if bias is None else bias[kernels]
+        y[..., kernels] = _conv_c(xq[..., channels], xs[:, scale : scale + 1], wq[kernels], ws[kernels], b, alone, dtype)
+    return y
+
+
 def _depthwise(xq: Tensor, xs: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None, window: Window, dtype: torch.dtype) -> Tensor:
     """A kernel for each channel."""
     out = window.out(xq.shape[1:-1], wq.shape[1:-1])
@@ -83,6 +96,10 @@ def _conv_why_not(problem: Problem) -> str | None:
     return f"the channels are in {problem.batch} groups" if problem.batch > 1 else _flat_why_not(problem)
 
 
+def _grouped_why_not(problem: Problem) -> str | None:
+    return "there is one group" if problem.batch == 1 else _flat_why_not(problem)
+
+
 def _depthwise_why_not(problem: Problem) -> str | None:
     if problem.batch == 1 or problem.n > 1 or problem.extra[1] > 1:
         return "it is for one channel in each group"
@@ -93,5 +110,6 @@ def _depthwise_why_not(problem: Problem) -> str | None:
 def register_all() -> None:
     """Register the CPU's convolutions."""
     register("conv", "cpu-c", _conv_c, device="cpu", priority=20, why_not=_conv_why_not)
+    register("conv", "cpu-c-grouped", _grouped_c, device="cpu", priority=15, why_not=_grouped_why_not)
     register("conv", "cpu-depthwise", _depthwise, device="cpu", priority=20, why_not=_depthwise_why_not)
     register("quantize_channels", "cpu-c", _channels, device="cpu", priority=20, why_not=_why_not)

@@ -276,9 +276,12 @@ def _int8_conv_vmap(
     if in_dims[2:5] == (None, None, None):  # the mapped dimension folds into the samples
         y = torch.ops.teint8.int8_conv(xq.flatten(0, 1), xs.flatten(0, 1), wq, ws, bias, *where, groups, dtype, impl)
         return y.unflatten(0, (size, xq.shape[1])), 0
-    # kernels differ: it folds into the groups
     wq, ws = front(wq, in_dims[2], size), front(ws, in_dims[3], size)
     b = None if bias is None else front(bias, in_dims[4], size).reshape(-1)
+    if in_dims[:2] == (None, None) and groups == 1:  # kernels differ, and not what they see: they are channels of one
+        y = torch.ops.teint8.int8_conv(xq[0], xs[0], wq.flatten(0, 1), ws.flatten(), b, *where, 1, dtype, impl)
+        return y.unflatten(-1, (size, wq.shape[1])), y.ndim - 1
+    # it folds into the groups
     x = xq.movedim(0, -2).flatten(-2)
     y = torch.ops.teint8.int8_conv(
         x, xs.movedim(0, 1).flatten(1), wq.flatten(0, 1), ws.flatten(), b, *where, groups * size, dtype, impl
