@@ -253,6 +253,15 @@ class te_int8_autocast(Route):
         granularity = rule.weight.granularity
         return self._codes_of(owner, place, lambda: weight_codes_of(owner, granularity, columns))
 
+    def aliased(self, t: Tensor) -> None:
+        super().aliased(t)
+        if not isinstance(t, nn.Parameter) or _torch.is_compiling():
+            return
+        held_of(t).drop()
+        if self._weight_codes is None:
+            self._weight_codes = WeakTensorKeyDictionary()
+        self._weight_codes[t] = None  # None: of this one codes are not kept in this context
+
     def kernel_codes(self, weight: Operand, rule: Rule, call: Any) -> Any:
         if weight.held is None or weight.transposed or isinstance(weight.value, QTensor) or rule.weight is None:
             return None
@@ -268,8 +277,10 @@ class te_int8_autocast(Route):
         """Codes of a weight, made once in a context for as long as it is what it was."""
         if self._weight_codes is None:
             self._weight_codes = WeakTensorKeyDictionary()
-        known = self._weight_codes.get(owner)
-        if known is None or known[0] != place:
+        known = self._weight_codes.get(owner, ((), ()))
+        if known is None:
+            return make()
+        if known[0] != place:
             known = self._weight_codes[owner] = (place, make())
             follow_optimizers()
         return known[1]  # type: ignore[no-any-return]

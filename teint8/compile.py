@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from teint8 import _torch
 from teint8.ops import cuda
-from teint8.policy import Policy, Rule, glob
+from teint8.policy import OPS, Policy, Rule, glob
 from teint8.qtensor import QTensor
 from teint8.transforms.calls import Operand
 from teint8.transforms.graphs import enables_gradients, has_matmuls, hidden_matmuls, names, weights_of
@@ -254,7 +254,7 @@ class _Program:
 
     def rules(self) -> list[Rule | None]:
         """What the policy says of each weight."""
-        return [self.how.policy.match(path, op) for _, path in self.weights.values() for op in ("linear", "matmul")]
+        return [self.how.policy.match(path, op) for _, path in self.weights.values() for op in OPS]
 
     def dry_run(self, inputs: Sequence[Any], record: bool, how: _How | None = None) -> None:
         """Run on tensors without data, for what the receipt then says."""

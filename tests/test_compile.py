@@ -646,6 +646,52 @@ def test_paths_after_graph_breaks_in_submodules_and_of_tied_weights() -> None:
     assert grid.relative_error([g for g in got if g is not None], [g for g in want if g is not None]) < 1e-5
 
 
+@pytest.mark.parametrize("op", ["conv", "embedding"])
+def test_rules_of_other_ops_hold_where_code_is_used_again(op: str) -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Conv1d(4, 4, 1) if op == "conv" else nn.Embedding(9, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            torch._dynamo.graph_break()
+            return self.layer(x) if op == "conv" else x + self.layer(torch.arange(x.shape[0] * 0 + 4))
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([Block() for _ in range(3)])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    model, x = Model(), torch.randn(2, 4, 4)
+    policy = Policy([Rule("blocks.1.*", ops=(op,), weight=None), Rule(ops=(op,))])
+    with torch.no_grad(), pytest.warns(UserWarning, match=r"code again for blocks\.1"):
+        y = torch.compile(model, backend=BACKEND, options={"policy": policy})(x)
+    assert different(y, teint8.quantize(model, policy)(dict(model.named_parameters()), x)) == 0
+
+
+def test_a_compiled_module_inside_of_another_has_paths_of_its_own() -> None:
+    inner = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    policy, receipt, x = Policy([Rule("0.*", weight=None), Rule()]), teint8.Receipt(), torch.randn(3, 8)
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.m = torch.compile(inner, backend=BACKEND, options={"policy": policy, "strict": True, "receipt": receipt})
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.m(x)
+
+    with torch.no_grad():
+        y = Outer()(x)
+    assert [(r.path, r.int8) for r in receipt] == [("0.weight", False), ("2.weight", True)]
+    assert different(y, teint8.quantize(inner, policy)(dict(inner.named_parameters()), x)) == 0
+
+
 def test_a_whole_training_step_with_its_optimizer(device: str) -> None:
     losses = []
     for way in ("compiled", "eager"):

@@ -75,6 +75,49 @@ def test_layers_that_a_rule_leaves_in_float_are_not_touched_and_the_mode_comes_b
     assert model.training and not model.norm.training
 
 
+class Odd(nn.Module):
+    """Tied weights with biases of their own, a bias that follows no product, a layer without one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.free = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8, bias=False)
+        self.b.weight = self.a.weight
+        self.w1, self.bias, self.last = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.randn(8)), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.b(F.relu(self.a(x))))
+        return self.last(F.relu(self.free(h) + h @ self.w1 + self.bias))
+
+
+def test_batches_count_by_their_size() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Linear(8, 4), torch.rand(64, 8)
+    with torch.no_grad():
+        model.weight[:, 0] = 30.0
+    x[-1] += 30
+    qfn, params = teint8.quantize(model), dict(model.named_parameters())
+    both = teint8.correct_bias(qfn, params, [[x[:63]], x[63:]], progress=False)
+    with torch.no_grad():
+        exact = model(x).mean(0)
+        assert (qfn(params, x).mean(0) - exact).norm() > 100 * (qfn(both, x).mean(0) - exact).norm()
+
+
+def test_each_layer_has_the_leaf_that_it_adds() -> None:
+    torch.manual_seed(0)
+    model, x = Odd(), torch.rand(64, 8)
+    with torch.no_grad():
+        for w in (model.a.weight, model.free.weight, model.w1, model.last.weight):
+            w[:, 0] = 30.0  # the other columns get a coarse grid
+    qfn, params = teint8.quantize(model), dict(model.named_parameters())
+    fixed, buffers = teint8.correct_bias(qfn, params, [x], progress=False)
+    changed = {k for k, v in fixed.items() if not torch.equal(v, params[k])}
+    assert changed == {"a.bias", "b.bias", "last.bias"}
+    with torch.no_grad():
+        plain, better, exact = qfn(params, x), qfn((fixed, buffers), x), model(x)
+    assert (better.mean(0) - exact.mean(0)).norm() < 0.01 * (plain.mean(0) - exact.mean(0)).norm()
+    model.load_state_dict({**fixed, **buffers}, strict=False)
+
+
 def test_bad_input() -> None:
     model, x, _ = _model(False)
     qfn, params = teint8.quantize(model), dict(model.named_parameters())
@@ -82,6 +125,10 @@ def test_bad_input() -> None:
         teint8.correct_bias(qfn, params, [], progress=False)
     with pytest.raises(TypeError, match="made from a function"):
         teint8.correct_bias(teint8.quantize(lambda p, x: x @ p), torch.ones(2, 2), [x], progress=False)
+    with pytest.raises(TypeError, match="batches is a tensor"):
+        teint8.correct_bias(qfn, params, x, progress=False)
+    with pytest.raises(ValueError, match=r"'first\.weight' is packed; give the float"):
+        teint8.correct_bias(qfn, teint8.pack(qfn, params), [x], progress=False)
     bare = nn.Linear(4, 4, bias=False)
     with pytest.raises(ValueError, match="nothing to correct"):
         teint8.correct_bias(teint8.quantize(bare), dict(bare.named_parameters()), [torch.rand(2, 4)], progress=False)

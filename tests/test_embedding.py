@@ -160,7 +160,14 @@ def test_reasons_strict_and_bad_input() -> None:
         plain = nn.Embedding(5, 4)
         (record,) = teint8.explain(teint8.quantize(plain, whole), dict(plain.named_parameters()), ids)
         assert "a row of a table" in record.reason
-    with pytest.raises(TypeError, match=r"ids are torch\.float32"):
-        ops.embedding(ids.float(), torch.randn(5, 4))
+    packed = QTensor.quantize(torch.randn(5, 4))
+    for table in (torch.randn(5, 4), packed):
+        for dtype in (torch.float32, torch.uint8, torch.bool):
+            with pytest.raises(TypeError, match=f"ids are {dtype}"):
+                ops.embedding(ids.to(dtype), table)
+        with pytest.raises(IndexError):
+            ops.embedding(ids - 2, table)
+        with pytest.raises(ValueError, match="padding_idx is 99"):
+            ops.embedding_bag(ids[None], table, padding_idx=99)
     with pytest.raises(ValueError, match="packed along -2"):
         ops.embedding(ids, QTensor.quantize(torch.randn(5, 4), axis=-2))

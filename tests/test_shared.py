@@ -8,6 +8,7 @@ from contract import different
 from torch import Tensor, nn
 
 import teint8
+from teint8 import te_int8_autocast
 from teint8.compile import backend
 
 Params = dict[str, Tensor]
@@ -60,3 +61,16 @@ def test_what_is_edited_is_quantized_anew(way: str, function: Callable[[Params, 
         qfn = teint8.quantize(function)
         y = (qfn if way == "quantize" else torch.compile(qfn, fullgraph=True))(params, x)
     assert different(y, want) == 0
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("make", [lambda: nn.Linear(8, 8), lambda: nn.Conv2d(8, 8, 3, padding=1)])
+def test_weights_that_are_stepped_by_their_data(make: Callable[[], nn.Module], training: bool, device: str) -> None:
+    model, x = make().to(device), torch.randn(2, 8, 8, 8, device=device)
+    with torch.no_grad(), te_int8_autocast(training=training):
+        for _ in range(3):
+            y = model(x)
+            model.weight.data.mul_(1.5)
+            with te_int8_autocast():
+                want = model(x)
+            assert different(y, want) > 0 and different(model(x), want) == 0

@@ -24,7 +24,7 @@ def embedding(ids: Tensor, weight: Tensor | QTensor, *, impl: str = "", **how: A
         (*ids.shape, features), in the table's dtype.
 
     Raises:
-        TypeError: ids that are no integers. ValueError: a table that is not of two dimensions, or packed along its rows.
+        TypeError: ids that are neither int32 nor int64. ValueError: a table that is not of two dimensions, or packed along its rows.
 
     Example:
         >>> embedding(torch.tensor([1, 0]), torch.tensor([[1.0, 2.0], [3.0, 5.0]]))
@@ -35,7 +35,9 @@ def embedding(ids: Tensor, weight: Tensor | QTensor, *, impl: str = "", **how: A
     _check(ids, weight)
     if isinstance(weight, QTensor):
         codes, scale = weight.rows()
-        return dequantize(codes[ids], scale[ids], weight.dtype)
+        flat = ids.reshape(-1)
+        rows = dequantize(codes.index_select(0, flat), scale.index_select(0, flat), weight.dtype)
+        return rows.view(*ids.shape, rows.shape[-1])
     rows = F.embedding(ids, weight, **how)
     return _on_the_grid(rows, impl)  # type: ignore[no-any-return]
 
@@ -57,7 +59,7 @@ def embedding_bag(ids: Tensor, weight: Tensor | QTensor, offsets: Tensor | None 
 
     Example:
         >>> embedding_bag(torch.tensor([[0, 1]]), torch.tensor([[1.0, 2.0], [3.0, 5.0]]), mode="sum")
-        tensor([[4.0000, 7.0000]])
+        tensor([[4., 7.]])
 
     """
     _check(ids, weight)
@@ -67,6 +69,8 @@ def embedding_bag(ids: Tensor, weight: Tensor | QTensor, offsets: Tensor | None 
     at = torch.arange(ids.numel(), device=ids.device)
     if padding is not None:  # rows that a bag leaves out are one row, behind all others
         count = weight.shape[0]
+        if not -count <= padding < count:
+            raise ValueError(f"embedding_bag: padding_idx is {padding}; the table has {count} rows")
         left_out = ids.reshape(-1) == (padding % count)
         rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
         at = torch.where(left_out, ids.numel(), at)
@@ -81,8 +85,8 @@ def _on_the_grid(rows: Tensor, impl: str) -> Tensor:
 
 
 def _check(ids: Tensor, weight: Tensor | QTensor) -> None:
-    if ids.is_floating_point() or ids.dtype == torch.bool:
-        raise TypeError(f"embedding: ids are {ids.dtype}; integers are needed")
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"embedding: ids are {ids.dtype}; int32 or int64 are needed")
     if weight.ndim != 2 or (isinstance(weight, QTensor) and weight.axis != -1):
         axis = f", packed along {weight.axis}" if isinstance(weight, QTensor) else ""
         raise ValueError(f"embedding: the table has shape {tuple(weight.shape)}{axis}; (rows, features), packed along -1, is needed")

@@ -322,8 +322,7 @@ def _cell(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
 
 def _data(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
     """``x.data``: it is an alias whose edits leave no version."""
-    if route.shared is not None:
-        route.shared.forget(args[0])
+    route.aliased(args[0])
     return route.other(func, args, kwargs)
 
 

@@ -36,14 +36,30 @@ def line_of_call() -> str:
     return "?"
 
 
+def compiled_module() -> nn.Module | None:
+    """The innermost module that torch.compile was given; the outermost that is running, where it was given a function."""
+    modules = _running()
+    for module in modules:
+        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+            return getattr(module, "_orig_mod", module)  # type: ignore[no-any-return]
+    return modules[-1] if modules else None
+
+
 def root_module() -> nn.Module | None:
     """The outermost module whose method is running."""
-    found = None
+    modules = _running()
+    found = modules[-1] if modules else None
+    return getattr(found, "_orig_mod", found)  # what torch.compile wraps
+
+
+def _running() -> list[nn.Module]:
+    """The modules whose methods are running, the innermost first."""
+    found: list[nn.Module] = []
     frame = sys._getframe(1)
     while frame is not None:
         # only the frames of nn.Module.__call__: reading the locals of a user's frame would keep them alive as long as it runs
         if frame.f_code.co_name in _CALL and frame.f_code.co_filename == _MODULE:
             module = frame.f_locals.get("self")
-            found = module if isinstance(module, nn.Module) else found
+            found += [module] if isinstance(module, nn.Module) else []
         frame = frame.f_back  # type: ignore[assignment]
-    return getattr(found, "_orig_mod", found)  # what torch.compile wraps
+    return found

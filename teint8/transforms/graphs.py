@@ -83,9 +83,9 @@ def weights_of(
 
 
 def names() -> dict[int, str]:
-    """Paths of the parameters of the module that is being run, the outermost: also of what is compiled apart after a graph break."""
-    root = callsite.root_module()
-    return {} if root is None else {id(parameter): name for name, parameter in root.named_parameters()}
+    """Paths of the parameters of the module that was compiled: also of what is compiled apart after a graph break in it."""
+    root = callsite.compiled_module()
+    return {} if root is None else {id(p): name.replace("_orig_mod.", "") for name, p in root.named_parameters()}
 
 
 _PARTS = re.compile(r"\['([^']*)'\]|\[\"([^\"]*)\"\]|\[(\d+)\]|\.(\w+)")

@@ -80,6 +80,8 @@ def layers(func: Any, project: Project, args: Sequence[Any]) -> tuple[Tensor, ..
     first = not packed and bool(args[8])
     x = data.transpose(0, 1) if first else data
     sizes = args[1].tolist() if packed else [x.shape[1]] * x.shape[0]
+    if not sizes:
+        raise ValueError(f"{func.__name__}: the input {tuple(data.shape)} has no steps; one at least is needed")
     x = x if packed else x.flatten(0, 1)
     begin = tuple(state) if isinstance(state, (tuple, list)) else (state,)
     ways, each = 1 + bool(bidirectional), len(weights) // (count * (1 + bool(bidirectional)))
@@ -106,6 +108,7 @@ def _run(
     b_ih, b_hh = rest[:2] if has_biases else (None, None)
     smaller = rest[2:] if has_biases else rest  # of an LSTM whose hidden state is projected
     of_input = project(x, w_ih, b_ih).split(sizes)
+    state = tuple(s.to(of_input[0].dtype) for s in state)  # what torch.autocast wants
     outs: list[Tensor] = []
     for t in reversed(range(len(sizes))) if backwards else range(len(sizes)):
         running = tuple(s[: sizes[t]] for s in state)

@@ -87,6 +87,11 @@ class Route(TorchFunctionMode):
         """A call that is not taken over."""
         return func(*args, **kwargs)
 
+    def aliased(self, t: Tensor) -> None:
+        """Keep no codes of t any more: it has an alias whose edits leave no version (``t.data``)."""
+        if self.shared is not None:
+            self.shared.forget(t)
+
     def plain(self, args: Any) -> Any:
         """The arguments of a call that stays float, without packed weights."""
         return args
