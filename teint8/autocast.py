@@ -13,16 +13,18 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from teint8 import _torch, ops
 from teint8.ops import cpu, registry
-from teint8.ops.conv_function import kernel_codes
+from teint8.ops.conv_layout import kernel_codes
 from teint8.ops.linear import differentiates, weight_codes_of
 from teint8.ops.shared import Shared
 from teint8.policy import Policy, Rule
 from teint8.qtensor import QTensor
 from teint8.transforms import callsite
-from teint8.transforms.calls import HANDLERS, Operand
+from teint8.transforms.calls import HANDLERS
 from teint8.transforms.held import Held, Plan, Quick, all_entries, follow_optimizers, forget_all, held_of
+from teint8.transforms.operands import Operand
+from teint8.transforms.reasons import mode_of
 from teint8.transforms.receipt import Receipt
-from teint8.transforms.route import Route, mode_of
+from teint8.transforms.route import Route
 
 
 class CacheInfo(NamedTuple):

@@ -17,9 +17,9 @@ from teint8 import _torch
 from teint8.ops import cuda
 from teint8.policy import OPS, Policy, Rule, glob
 from teint8.qtensor import QTensor
-from teint8.transforms.calls import Operand
 from teint8.transforms.graphs import enables_gradients, has_matmuls, hidden_matmuls, names, weights_of
 from teint8.transforms.held import Follower, held_of
+from teint8.transforms.operands import Operand
 from teint8.transforms.quantize import BoundRoute
 from teint8.transforms.receipt import Receipt
 

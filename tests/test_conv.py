@@ -17,7 +17,7 @@ import teint8
 import teint8.compile
 from teint8 import Policy, QTensor, Quant, Rule, numerics, ops, te_int8_autocast
 from teint8.ops import registry
-from teint8.ops.conv_function import Shape, contracted, kernel_codes, packed_kernel
+from teint8.ops.conv_layout import Shape, contracted, kernel_codes, packed_kernel
 from teint8.ops.raw_conv import Window, int8_conv, problem_of, quantize_channels
 
 CUDA = torch.cuda.is_available()

@@ -7,17 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from teint8.ops.conv_function import (
-    Codes,
-    Shape,
-    activation_codes,
-    contracted,
-    convolve,
-    is_channels_last,
-    kernel_codes,
-    kernel_rows,
-    weight_only,
-)
+from teint8.ops.conv_function import convolve, is_channels_last, weight_only
+from teint8.ops.conv_layout import Codes, Shape, activation_codes, contracted, kernel_codes, kernel_rows
 from teint8.ops.linear import linear
 from teint8.ops.registry import Problem
 from teint8.ops.shared import Shared

@@ -15,6 +15,7 @@ from teint8.ops.registry import Problem, register
 
 FEW_ROWS = 4
 """Up to this many rows a matmul is bound by reading its weight."""
+_WIDEST_NORM = 16384
 
 
 def _quantize(x: Tensor, seed: Tensor | None, scale: Tensor | None, pair: Tensor | None = None) -> Any:
@@ -88,7 +89,7 @@ def _conv(*args: Any) -> Tensor:
 def _conv_why_not(problem: Problem) -> str | None:
     if problem.k > MAX_INT32_K:
         return f"K is {problem.k}; its int32 sums hold K up to {MAX_INT32_K}"
-    return why_not_triton() if problem.device == "cuda" else _interpreter_why_not(problem)
+    return _why_not(problem)
 
 
 def _hopper(
@@ -223,11 +224,8 @@ def tune_new(sizes: list[tuple[int, int, int]], device: torch.device) -> None:
         registry.choose_anew()
 
 
-_WIDEST_NORM = 16384
-
-
 def _norm_why_not(problem: Problem) -> str | None:
-    reason = why_not_triton() if problem.device == "cuda" else _interpreter_why_not(problem)
+    reason = _why_not(problem)
     return reason or (f"K is {problem.k}; a row of up to {_WIDEST_NORM} is held in registers" if problem.k > _WIDEST_NORM else None)
 
 
@@ -244,7 +242,12 @@ def why_not_triton() -> str | None:
 
 
 def _why_not(problem: Problem) -> str | None:
-    return why_not_triton()
+    """Triton on GPUs, its interpreter on the CPU."""
+    if problem.device == "cuda":
+        return why_not_triton()
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install triton"
+    return None if _interpreting() else "TRITON_INTERPRET=1 is not set"
 
 
 def _hopper_why_not(problem: Problem) -> str | None:
@@ -278,7 +281,7 @@ def _both_why_not(problem: Problem) -> str | None:
     """Beyond what a grid holds, each orientation is quantized on its own."""
     if problem.m > 32 * _MOST_TILES or problem.batch > _MOST_TILES:
         return f"M is {problem.m}, in a batch of {problem.batch}; a grid holds {32 * _MOST_TILES} rows, and a batch of {_MOST_TILES}"
-    return why_not_triton() if problem.device == "cuda" else _interpreter_why_not(problem)
+    return _why_not(problem)
 
 
 def _few_mm_why_not(problem: Problem) -> str | None:
@@ -321,12 +324,6 @@ def _measured_why_not(problem: Problem) -> str | None:
     return None if wins else "it was not measured to be the fastest here: python -m teint8 tune M,N,K"
 
 
-def _interpreter_why_not(problem: Problem) -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed: pip install triton"
-    return None if _interpreting() else "TRITON_INTERPRET=1 is not set"
-
-
 def register_all() -> None:
     """Register Triton for GPUs, and its interpreter, which runs only when asked for by name."""
     register("int8_mm", "triton-hopper", _hopper, device="cuda", priority=30, why_not=_hopper_why_not, flat=True, adds=True)
@@ -337,12 +334,11 @@ def register_all() -> None:
         ("quantize", _quantize), ("int8_mm", _int8_mm), ("quantize_both", _quantize_both), ("activation", _activation),
     ):  # fmt: skip
         pairs = op in ("quantize", "quantize_both")
-        both = op in ("quantize_both", "activation")
-        register(op, "triton", run, device="cuda", priority=20, why_not=_both_why_not if both else _why_not, pairs=pairs)
-        why_not = _both_why_not if both else _interpreter_why_not
+        why_not = _both_why_not if op in ("quantize_both", "activation") else _why_not
+        register(op, "triton", run, device="cuda", priority=20, why_not=why_not, pairs=pairs)
         register(op, "triton-interpreter", run, device="cpu", priority=-1, why_not=why_not, pairs=pairs)
     register("grouped_mm", "triton", _grouped_mm, device="cuda", priority=20, why_not=_why_not)
-    register("grouped_mm", "triton-interpreter", _grouped_mm, device="cpu", priority=-1, why_not=_interpreter_why_not)
+    register("grouped_mm", "triton-interpreter", _grouped_mm, device="cpu", priority=-1, why_not=_why_not)
     register("conv", "triton", _conv, device="cuda", priority=20, why_not=_conv_why_not)
     register("conv", "triton-interpreter", _conv, device="cpu", priority=-1, why_not=_conv_why_not)
     register("norm", "triton", _norm, device="cuda", priority=20, why_not=_norm_why_not)

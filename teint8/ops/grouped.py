@@ -8,7 +8,7 @@ from torch import Tensor
 from teint8.ops.linear import differentiates, keeps, weight_codes_of
 from teint8.ops.raw import quantize
 from teint8.ops.raw_grouped import int8_grouped_mm
-from teint8.ops.straight import hat, no_second_derivative
+from teint8.ops.straight import finished, hat
 from teint8.qtensor import QTensor
 
 
@@ -105,9 +105,7 @@ class _Grouped(torch.autograd.Function):
                 grads[0] = _dgrad(g, w_hat, wtq, wts, ends, seed, how) if how.gradient else _Product.apply(g, w_hat.mT, ends)
             if ctx.needs_input_grad[1]:
                 grads[1] = _Outer.apply(g, hat(x, xq, xs, None, g.dtype), ends)
-            grads = [None if d is None else d.to(dtype) for d, dtype in zip(grads, ctx.dtypes, strict=True)]
-            if not how.keep and torch.is_grad_enabled():
-                grads = [None if d is None else no_second_derivative(d) for d in grads]
+            grads = finished(grads, ctx.dtypes, how.keep)
         return (*grads, *[None] * 9)
 
     @staticmethod

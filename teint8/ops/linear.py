@@ -10,7 +10,7 @@ from teint8 import _torch, numerics
 from teint8.ops.raw import dequantize, fused_linear, int8_mm, quantize, weight_only_mm
 from teint8.ops.raw_both import quantize_both
 from teint8.ops.shared import Shared
-from teint8.ops.straight import hat, no_second_derivative, unclipped
+from teint8.ops.straight import finished, hat, unclipped
 from teint8.qtensor import QTensor
 
 
@@ -81,9 +81,7 @@ class _Linear(torch.autograd.Function):
                 grads[1] = _wgrad(g, x, xq, xs, clipped, _pair(xtq, xts), columns, how)
             if ctx.needs_input_grad[2]:
                 grads[2] = g.sum(-2)
-            grads = [None if d is None else d.to(dtype) for d, dtype in zip(grads, ctx.dtypes, strict=True)]
-            if not how.keep and torch.is_grad_enabled():
-                grads = [None if d is None else no_second_derivative(d) for d in grads]
+            grads = finished(grads, ctx.dtypes, how.keep)
         return (*grads, *[None] * 11)
 
     @staticmethod

@@ -70,3 +70,11 @@ def no_second_derivative(g: Tensor) -> Tensor:
     anchor = torch.zeros((), requires_grad=True)
     guarded: Tensor = _NoSecondDerivative.apply(g, anchor)
     return guarded
+
+
+def finished(grads: list[Any], dtypes: list[Any], keep: bool) -> list[Any]:
+    """Gradients in the dtypes of what they are of; with a derivative that raises where residuals were codes (not ``keep``)."""
+    grads = [None if d is None else d.to(dtype) for d, dtype in zip(grads, dtypes, strict=True)]
+    if keep or not torch.is_grad_enabled():
+        return grads
+    return [None if d is None else no_second_derivative(d) for d in grads]

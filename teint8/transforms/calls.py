@@ -4,36 +4,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from teint8 import _torch
-from teint8.qtensor import QTensor
-from teint8.transforms import attention, contractions, convolutions, recurrent, shapes, tables
+from teint8.transforms import attention, convolutions, products, recurrent, shapes, tables
+from teint8.transforms.operands import Operand
 from teint8.transforms.recurrent import CELLS
 
 if TYPE_CHECKING:
     from teint8.transforms.route import Route
-
-
-class Operand(NamedTuple):
-    """A weight as a call sees it.
-
-    Attributes:
-        value: the float tensor in the layout of the call, or the QTensor in its own.
-        path: its path in the params, "" where it has none.
-        transposed: whether the call sees it with its last two dimensions swapped.
-        held: what a route keeps of it.
-
-    """
-
-    value: Tensor | QTensor
-    path: str = ""
-    transposed: bool = False
-    held: Any = None
 
 
 def _linear(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
@@ -44,7 +27,7 @@ def _linear(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
 
 def _matmul(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
     if len(args) > 2 or not kwargs.keys() <= {"self", "other", "input", "mat2"}:
-        return _stays_float("matmul", "out= and out_dtype= are not supported")(route, func, args, kwargs)
+        return products.stays_float("matmul", "out= and out_dtype= are not supported")(route, func, args, kwargs)
     return _product(route, func, args, kwargs, *shapes.bind(("self", "other"), args, kwargs, also=("input", "mat2")))
 
 
@@ -83,7 +66,7 @@ def _addmm(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
     bias, a, b, beta, alpha = shapes.bind(names, args, kwargs, also=also)[:5]
     beta, alpha = 1 if beta is None else beta, 1 if alpha is None else alpha
     if len(args) > 3 or "out" in kwargs or "out_dtype" in kwargs:
-        return _stays_float("matmul", "out= and out_dtype= are not supported")(route, func, args, kwargs)
+        return products.stays_float("matmul", "out= and out_dtype= are not supported")(route, func, args, kwargs)
     right, left = route.operand(b), route.operand(a)
     op = "matmul" if right is not None or left is not None else "activation_matmul"
     fused = beta == alpha == 1 and bias.ndim == 1 and bias.shape == b.shape[-1:] and a.ndim == 2
@@ -211,62 +194,6 @@ def _grouped(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
     return route.multiply("matmul", x, weight, -2, None, in_float, ends=ends)
 
 
-def _einsum(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
-    equation, *operands = args
-    if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
-        operands = list(operands[0])
-    if not isinstance(equation, str) or kwargs or len(operands) != 2:
-        return _stays_float("matmul", "einsum of two operands by an equation is taken over")(route, func, args, kwargs)
-    weight_first = route.operand(operands[0]) is not None and route.operand(operands[1]) is None
-    x, w = reversed(operands) if weight_first else operands
-
-    def in_float() -> Any:
-        return torch.ops.aten.einsum(equation, list(route.plain(operands)))
-
-    return _contracted(route, w, lambda: contractions.einsum(equation, x, w, weight_first), in_float)
-
-
-def _tensordot(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
-    if kwargs.get("out") is not None:
-        return _stays_float("matmul", "out= is not supported")(route, func, args, kwargs)
-    x, w, dims = shapes.bind(("a", "b", "dims"), args, kwargs)
-    ours, theirs = contractions.dims_of(x, 2 if dims is None else dims)
-
-    def in_float() -> Any:
-        return torch.ops.aten.tensordot(*route.plain((x, w)), ours, theirs)
-
-    return _contracted(route, w, lambda: contractions.tensordot(x, w, ours, theirs), in_float, x)
-
-
-def _inner(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
-    if kwargs.get("out") is not None:
-        return _stays_float("matmul", "out= is not supported")(route, func, args, kwargs)
-    x, w = shapes.bind(("self", "other"), args, kwargs, also=("input", "other"))
-    return _contracted(route, w, lambda: contractions.inner(x, w), lambda: torch.ops.aten.inner(*route.plain((x, w))), x)
-
-
-def _contracted(
-    route: Route, w: Any, product_of: Callable[[], contractions.Product | str], in_float: Callable[[], Any], first: Any = None
-) -> Any:
-    """A product by w that is written as a contraction, where w is a weight; ``first`` comes before it, and may be one."""
-    weight = route.operand(w)
-    if weight is None:
-        before = route.operand(first) if isinstance(first, Tensor) and first.ndim > 1 else None
-        if before is not None:
-            route.stays_float(before, "matmul", "the weight comes first: tensordot and inner are taken over where it comes second")
-        return in_float()
-    product = product_of()
-    if not isinstance(product, str) and product.x.shape[-1] != w.shape[product.axis]:
-        product = f"{product.x.shape[-1]} features by {w.shape[product.axis]}: what torch broadcasts is not taken over"
-    if isinstance(product, str):
-        route.stays_float(weight, "matmul", product)
-        return in_float()
-    y = route.multiply("matmul", product.x, weight, product.axis, None, lambda: None)
-    if y is None:  # it stayed float: torch's own op, whose rounding is its own
-        return in_float()
-    return y if product.order is None else y.permute(product.order)
-
-
 def _convolution(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
     call = convolutions.read(func, args, kwargs)
 
@@ -275,31 +202,6 @@ def _convolution(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
         return _FLOAT_CONVOLUTIONS[func](x, w, bias, *call.arguments())
 
     return route.convolve(call, route.operand(call.w) or Operand(call.w), in_float)
-
-
-def _bilinear(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
-    """y = x1^T W x2 + b, for each output channel: the product by the second input in INT8, the sum over the first in float."""
-    first, second, w, bias = shapes.bind(("input1", "input2", "weight", "bias"), args, kwargs)
-    weight = route.operand(w) or Operand(w)
-    rule = route.rule(route.path(weight), "matmul")
-
-    def in_float() -> Any:
-        return torch.ops.aten.bilinear(*route.plain((first, second, w, bias)))
-
-    if rule is not None and rule.weight is not None and rule.weight.granularity != "row":
-        route.stays_float(weight, "matmul", "bilinear is taken over with a scale for each row of the weight")
-        return in_float()
-    value = weight.value
-    if isinstance(value, QTensor):
-        flat: Any = QTensor(value.codes.flatten(0, 1), value.scale.flatten(0, 1), value.activation_scale, value.dtype)
-    else:
-        flat = value.flatten(0, 1)
-    y = route.multiply("matmul", second, Operand(flat, route.path(weight)), -1, None, lambda: None)
-    if y is None:  # it stayed float
-        return in_float()
-    first, bias = route.plain((first, bias))
-    y = (y.unflatten(-1, value.shape[:2]) * first.unsqueeze(-2)).sum(-1)
-    return y if bias is None else y + bias
 
 
 def _table(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
@@ -329,7 +231,7 @@ def _data(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
 def _recurrent(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
     """A whole recurrent layer: step by step where a rule names "recurrent", else torch's own call."""
     if kwargs:
-        return _stays_float("recurrent", "it is called with arguments by name")(route, func, args, kwargs)
+        return products.stays_float("recurrent", "it is called with arguments by name")(route, func, args, kwargs)
     weights = [route.operand(w) or Operand(w) for w in recurrent.weights_of(args) if w.ndim == 2]
     rules = [route.rule(route.path(w), "recurrent") for w in weights]
     if all(rule is None or rule.weight is None for rule in rules):
@@ -344,20 +246,6 @@ def _recurrent(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
 
     plain = [a if isinstance(a, (list, tuple)) and i > 1 else route.plain(a) for i, a in enumerate(args)]
     return recurrent.layers(func, project, plain)
-
-
-def _stays_float(op: str, reason: str) -> Callable[[Route, Any, Any, Any], Any]:
-    """A call that may multiply by a weight and is not taken over: it stays float, and the receipt says so."""
-
-    def run(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
-        flat = [t for a in (*args, *kwargs.values()) for t in (a if isinstance(a, (tuple, list)) else (a,))]
-        weights = [route.operand(t) for t in flat if isinstance(t, Tensor) and t.ndim > 1]
-        for weight in weights:
-            if weight is not None:
-                route.stays_float(weight, op, reason)
-        return route.other(func, args, kwargs)
-
-    return run
 
 
 _ATEN = {
@@ -391,8 +279,8 @@ _PRODUCTS = (
     Tensor.addbmm, torch.linalg.multi_dot, torch.chain_matmul,
 )  # fmt: skip
 FLOAT_ONLY: dict[Any, Callable[[Route, Any, Any, Any], Any]] = {
-    torch.convolution: _stays_float("conv", "torch.convolution is not taken over; write it as F.conv2d"),
-    **{f: _stays_float("matmul", f"{f.__name__} is not taken over; write it as a matmul or F.linear") for f in _PRODUCTS},
+    torch.convolution: products.stays_float("conv", "torch.convolution is not taken over; write it as F.conv2d"),
+    **{f: products.stays_float("matmul", f"{f.__name__} is not taken over; write it as a matmul or F.linear") for f in _PRODUCTS},
 }
 """Calls that may meet a weight and stay float."""
 
@@ -409,13 +297,13 @@ HANDLERS: dict[Any, Callable[[Route, Any, Any, Any], Any]] = {
     torch._transformer_encoder_layer_fwd: _encoder_layer,
     F.scaled_dot_product_attention: _scaled_dot_product_attention,
     **dict.fromkeys(_FLOAT_GROUPED, _grouped),
-    torch.einsum: _einsum,
-    torch.tensordot: _tensordot,
-    torch.inner: _inner,
-    Tensor.inner: _inner,
+    torch.einsum: products.einsum,
+    torch.tensordot: products.tensordot,
+    torch.inner: products.inner,
+    Tensor.inner: products.inner,
     **dict.fromkeys(CELLS, _cell),
     **dict.fromkeys(recurrent.LAYERS, _recurrent),
-    F.bilinear: _bilinear,
+    F.bilinear: products.bilinear,
     **dict.fromkeys(_FLOAT_CONVOLUTIONS, _convolution),
     **dict.fromkeys(tables.FUNCTIONS, _table),
     **FLOAT_ONLY,

@@ -10,11 +10,11 @@ import torch.utils._pytree as torch_pytree
 from torch import Tensor, nn
 
 from teint8 import _torch
-from teint8.ops.conv_function import contracted, packed_kernel
+from teint8.ops.conv_layout import contracted, packed_kernel
 from teint8.ops.raw import quantize as quantize_rows
 from teint8.policy import Policy
 from teint8.qtensor import QTensor
-from teint8.transforms.calls import Operand
+from teint8.transforms.operands import Operand
 from teint8.transforms.quantize import BoundRoute, check_params, is_qtensor, leaf_paths, quantized, run
 
 Use = tuple[int | tuple[int, ...], str] | None

@@ -13,7 +13,7 @@ from teint8 import _torch
 from teint8.ops.shared import Shared
 from teint8.policy import Policy
 from teint8.qtensor import QTensor
-from teint8.transforms.calls import Operand
+from teint8.transforms.operands import Operand
 from teint8.transforms.receipt import Receipt
 from teint8.transforms.route import Route
 

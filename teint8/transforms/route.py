@@ -12,14 +12,15 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from teint8 import _torch, ops
-from teint8.ops.conv_function import contracted
-from teint8.ops.raw import problem_of
+from teint8.ops.conv_layout import contracted
 from teint8.ops.shared import Shared
 from teint8.policy import Policy, Rule
 from teint8.qtensor import QTensor
 from teint8.transforms import apart, callsite, shapes
-from teint8.transforms.calls import HANDLERS, Operand, know_transformers
+from teint8.transforms.calls import HANDLERS, know_transformers
 from teint8.transforms.convolutions import Convolution
+from teint8.transforms.operands import Operand
+from teint8.transforms.reasons import autocast_dtype, mode_of, problem_or_none, ran_as_of, why_float, why_float_conv, why_not_grouped
 from teint8.transforms.receipt import Receipt
 
 
@@ -164,13 +165,9 @@ class Route(TorchFunctionMode):
         x = self.plain(x)
         path = self.path(weight)
         rule = self.rule(path, op)
-        reason = _why_float(op, rule, x, weight, axis) or (_why_not_grouped(rule) if ends is not None else "")
+        reason = why_float(op, rule, x, weight, axis) or (why_not_grouped(rule) if ends is not None else "")
         if reason:
-            if self.strict and rule is not None and rule.weight is not None:
-                raise ValueError(
-                    f"strict: {path} ({op}) cannot run in INT8: {reason}. Leave it in float with Rule({path!r}, weight=None) "
-                    "before the other rules, or leave strict off"
-                )
+            self._refuse(rule, path, op, reason)
             self.record(path, op, x, weight, axis, rows, "float", "", reason)
             return float_call()
         assert rule is not None and rule.weight is not None
@@ -183,12 +180,8 @@ class Route(TorchFunctionMode):
         x = x if ends is not None else shapes.align(x, value)
         impl = "reference" if rule.compute == "simulate" else ""
         if (self.receipt is not None or self.strict) and not torch.compiler.is_dynamo_compiling():
-            ran_as = _ran_as(x, value, rule, ends is not None)
-            if self.strict and ran_as == "reference" and rule.compute == "int8":
-                raise ValueError(
-                    f"strict: {path} ({op}) has no INT8 kernel for {x.dtype} on {x.device}: only the plain-torch reference can run it. "
-                    "Register one with teint8.ops.register, ask for Rule(compute='simulate'), or leave strict off"
-                )
+            ran_as = ran_as_of(x, value, rule, ends is not None)
+            self._need_kernel(rule, path, op, x, ran_as)
             self.record(path, op, x, weight, axis, rows, ran_as, mode_of(rule, ends is not None), "")
         self.replay_in_checkpoints()
         if ends is not None:
@@ -196,19 +189,11 @@ class Route(TorchFunctionMode):
             codes = self.weight_codes(weight, value, axis, rule, cut)
             granularity = rule.weight.granularity
             return ops.grouped_linear(x, value, ends, weight_granularity=granularity, gradient=gradient, impl=impl, weight_codes=codes)
-        activation = rule.activation
         y = ops.linear(
             x,
             value,
             bias,
-            weight_granularity=rule.weight.granularity,
-            activation=None if activation is None else activation.granularity,
-            static=activation is not None and activation.scale == "static",
-            gradient=None if rule.gradient is None else rule.gradient.rounding,
-            wgrad=rule.wgrad,
-            impl=impl,
-            dtype=_autocast_dtype(x),
-            shared=self.shared,
+            **self._how(rule, x, impl),
             weight_codes=self.weight_codes(weight, value, axis, rule, cut),
         )
         return y if cut is None else y[..., cut]
@@ -219,19 +204,15 @@ class Route(TorchFunctionMode):
         path = self.path(weight)
         rule = self.rule(path, "conv")
         axis = contracted(weight.value.ndim, call.transposed)
-        reason = _why_float_conv(rule, x, weight, axis, call)
+        reason = why_float_conv(rule, x, weight, axis, call)
         if reason:
-            if self.strict and rule is not None and rule.weight is not None:
-                raise ValueError(
-                    f"strict: {path} (conv) cannot run in INT8: {reason}. Leave it in float with Rule({path!r}, weight=None) "
-                    "before the other rules, or leave strict off"
-                )
-            self.record_conv(path, _problem_or_none(x, weight, call), weight, "float", "", reason)
+            self._refuse(rule, path, "conv", reason)
+            self.record_conv(path, problem_or_none(x, weight, call), weight, "float", "", reason)
             return float_call()
         assert rule is not None and rule.weight is not None
         batched = x if x.ndim == call.dims + 2 else x.unsqueeze(0)
         bias = self.plain(call.bias)
-        op, problem = ops.conv_problem(batched, weight.value, bias, _autocast_dtype(x) or x.dtype, **call.how)
+        op, problem = ops.conv_problem(batched, weight.value, bias, autocast_dtype(x) or x.dtype, **call.how)
         if not (call.transposed and call.groups > 1):
             weight = self.packed(weight, axis, rule.weight.granularity)
         impl = "reference" if rule.compute == "simulate" else ""
@@ -239,30 +220,48 @@ class Route(TorchFunctionMode):
             batch, m, n, k = map(_torch.number, (problem.batch, problem.m, problem.n, problem.k))
             problem = problem._replace(batch=batch, m=m, n=n, k=k)
             ran_as = "reference" if impl else "dequantized" if rule.activation is None else ops.select(op, problem).name
-            if self.strict and ran_as == "reference" and rule.compute == "int8":
-                raise ValueError(
-                    f"strict: {path} (conv) has no INT8 kernel for {x.dtype} on {x.device}: only the plain-torch reference can run it. "
-                    "Register one with teint8.ops.register, ask for Rule(compute='simulate'), or leave strict off"
-                )
+            self._need_kernel(rule, path, "conv", x, ran_as)
             self.record_conv(path, problem, weight, ran_as, mode_of(rule), "")
         self.replay_in_checkpoints()
-        activation = rule.activation
         y = ops.conv(
             batched,
             weight.value,
             bias,
             **call.how,
-            weight_granularity=rule.weight.granularity,
-            activation=None if activation is None else activation.granularity,
-            static=activation is not None and activation.scale == "static",
-            gradient=None if rule.gradient is None else rule.gradient.rounding,
-            wgrad=rule.wgrad,
-            impl=impl,
-            dtype=_autocast_dtype(x),
-            shared=self.shared,
+            **self._how(rule, x, impl),
             weight_codes=self.kernel_codes(weight, rule, call),
         )
         return y if batched is x else y.squeeze(0)
+
+    def _refuse(self, rule: Rule | None, path: str, op: str, reason: str) -> None:
+        """Raise, in strict mode, for a call that stays float though its rule wants INT8."""
+        if self.strict and rule is not None and rule.weight is not None:
+            raise ValueError(
+                f"strict: {path} ({op}) cannot run in INT8: {reason}. Leave it in float with Rule({path!r}, weight=None) "
+                "before the other rules, or leave strict off"
+            )
+
+    def _need_kernel(self, rule: Rule, path: str, op: str, x: Tensor, ran_as: str) -> None:
+        """Raise, in strict mode, for a call that only the reference can run."""
+        if self.strict and ran_as == "reference" and rule.compute == "int8":
+            raise ValueError(
+                f"strict: {path} ({op}) has no INT8 kernel for {x.dtype} on {x.device}: only the plain-torch reference can run it. "
+                "Register one with teint8.ops.register, ask for Rule(compute='simulate'), or leave strict off"
+            )
+
+    def _how(self, rule: Rule, x: Tensor, impl: str) -> dict[str, Any]:
+        """What a rule says, as ``ops.linear`` and ``ops.conv`` take it."""
+        weight, activation, gradient = rule.weight, rule.activation, rule.gradient
+        return {
+            "weight_granularity": "row" if weight is None else weight.granularity,
+            "activation": None if activation is None else activation.granularity,
+            "static": activation is not None and activation.scale == "static",
+            "gradient": None if gradient is None else gradient.rounding,
+            "wgrad": rule.wgrad,
+            "impl": impl,
+            "dtype": autocast_dtype(x),
+            "shared": self.shared,
+        }
 
     def kernel_codes(self, weight: Operand, rule: Rule, call: Convolution) -> Any:
         """Codes of a convolution's float weight where they are held already, as ``ops.conv`` takes them."""
@@ -303,105 +302,3 @@ class Route(TorchFunctionMode):
         batch = math.prod(shape[:-2])
         m = x.numel() // max(k, 1) if len(shape) == 2 or x.ndim < 2 else x.shape[-2]
         self.receipt.add((path, op, *map(_torch.number, (m, n, k, batch)), ran_as, mode, reason))
-
-
-def _why_float(op: str, rule: Rule | None, x: Any, weight: Operand, axis: int) -> str:
-    """The reason why a call stays float, or ""."""
-    if rule is None:
-        return "between activations: a rule must name 'activation_matmul'" if op == "activation_matmul" else "no rule matches"
-    if rule.weight is None:
-        return "its rule leaves the weight in float"
-    unfit = next((t for t in (x, weight.value) if isinstance(t, Tensor) and (t.layout is not torch.strided or t.is_nested)), None)
-    if unfit is not None or weight.value.ndim < 2:
-        return "the weight is a vector" if unfit is None else f"an operand is {unfit.layout}{' and nested' if unfit.is_nested else ''}"
-    if not x.is_floating_point():
-        return f"the activation is {x.dtype}"
-    value = weight.value
-    if isinstance(value, QTensor):
-        seen = -3 - value.axis if weight.transposed and isinstance(value.axis, int) else value.axis
-        return "" if seen == axis else "the weight was packed along its other dimension"
-    if not value.is_floating_point():
-        return f"the weight is {value.dtype}"
-    return shapes.why_not(x, value)
-
-
-def _problem_or_none(x: Any, weight: Operand, call: Convolution) -> Any:
-    """What a convolution that stays float would have been; None where it fits no convolution."""
-    try:
-        batched = x if x.ndim == call.dims + 2 else x.unsqueeze(0)
-        return ops.conv_problem(batched, weight.value, None, torch.float32, **call.how)[1]
-    except (TypeError, ValueError):
-        return None
-
-
-def _unfit(name: str, t: Any) -> str:
-    """The reason why an operand is none of a convolution in INT8, or ""."""
-    if not t.dtype.is_floating_point:
-        return f"the {name} is {t.dtype}"
-    if isinstance(t, Tensor) and (t.layout is not torch.strided or t.is_nested):
-        return f"the {name} is {t.layout}{' and nested' if t.is_nested else ''}"
-    return ""
-
-
-def _why_float_conv(rule: Rule | None, x: Any, weight: Operand, axis: tuple[int, ...], call: Convolution) -> str:
-    """The reason why a convolution stays float, or ""."""
-    if rule is None or rule.weight is None:
-        return "no rule matches" if rule is None else "its rule leaves the weight in float"
-    value = weight.value
-    if x.ndim not in (call.dims + 1, call.dims + 2) or value.ndim != call.dims + 2:
-        return f"{call.dims} spatial dimensions do not fit {tuple(x.shape)} by {tuple(value.shape)}"  # torch tells what is wrong
-    unfit = _unfit("activation", x) or _unfit("weight", value)
-    if unfit:
-        return unfit
-    if x.dtype != value.dtype and _autocast_dtype(x) is None:
-        return f"the activation is {x.dtype}, the weight {value.dtype}"
-    if isinstance(value, QTensor) and (value.axis != axis or (call.transposed and call.groups > 1)):
-        return "the weight was packed for another kind of convolution"
-    if weight.transposed:
-        return "the last dimensions of its weight are seen turned around"
-    return ""
-
-
-def _why_not_grouped(rule: Rule | None) -> str:
-    """The reason why a mixture of experts stays float under a rule that wants it in INT8, or ""."""
-    activation = None if rule is None else rule.activation
-    if activation is None:
-        return "experts have no W8A16"
-    fits = activation.granularity == "row" and activation.scale == "dynamic"
-    return "" if fits else "the activation of experts has a dynamic scale a token, and no other"
-
-
-def mode_of(rule: Rule, grouped: bool = False) -> str:
-    """What a rule asks for, as the receipt says it: "W8A8", "W8A16", with "dX" and "dW" where the backward is INT8 too.
-
-    The dW of a mixture of experts (``grouped``) is in float.
-    """
-    if rule.activation is None:
-        return "W8A16"
-    if rule.gradient is None:
-        return "W8A8"
-    return "W8A8 dX dW" if rule.wgrad == "int8" and not grouped else "W8A8 dX"
-
-
-def _ran_as(x: Tensor, value: Any, rule: Rule, grouped: bool) -> str:
-    """The name of the implementation that ``ops.linear``, or ``ops.grouped_linear``, will select."""
-    if rule.compute == "simulate":
-        return "reference"
-    if rule.activation is None:
-        return "dequantized"
-    n = value.shape[-2] if not isinstance(value, QTensor) or value.axis == -1 else value.shape[-1]
-    batch, m = (value.shape[0], x.shape[0]) if grouped else problem_of(x, n, value.ndim)[2:4]
-    dtype = None if grouped else _autocast_dtype(x)
-    batch, m, n, k = map(_torch.number, (batch, m, n, x.shape[-1]))
-    problem = ops.Problem(x.device.type, dtype or x.dtype, batch, m, n, k)
-    return ops.select("grouped_mm" if grouped else "int8_mm", problem).name
-
-
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype that torch.autocast wants of a matmul's result: autocast acts below the mode, so the op must honour it."""
-    kind = x.device.type
-    if kind == "meta":
-        return None
-    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
-    return None

@@ -1,0 +1,24 @@
+"""A weight as a call sees it."""
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from teint8.qtensor import QTensor
+
+
+class Operand(NamedTuple):
+    """A weight as a call sees it.
+
+    Attributes:
+        value: the float tensor in the layout of the call, or the QTensor in its own.
+        path: its path in the params, "" where it has none.
+        transposed: whether the call sees it with its last two dimensions swapped.
+        held: what a route keeps of it.
+
+    """
+
+    value: Tensor | QTensor
+    path: str = ""
+    transposed: bool = False
+    held: Any = None

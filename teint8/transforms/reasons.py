@@ -1,0 +1,116 @@
+"""Why a call stays float, and what runs one that does not."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from teint8 import _torch, ops
+from teint8.ops.raw import problem_of
+from teint8.policy import Rule
+from teint8.qtensor import QTensor
+from teint8.transforms import shapes
+from teint8.transforms.convolutions import Convolution
+from teint8.transforms.operands import Operand
+
+
+def why_float(op: str, rule: Rule | None, x: Any, weight: Operand, axis: int) -> str:
+    """The reason why a call stays float, or ""."""
+    if rule is None:
+        return "between activations: a rule must name 'activation_matmul'" if op == "activation_matmul" else "no rule matches"
+    if rule.weight is None:
+        return "its rule leaves the weight in float"
+    unfit = next((t for t in (x, weight.value) if isinstance(t, Tensor) and (t.layout is not torch.strided or t.is_nested)), None)
+    if unfit is not None or weight.value.ndim < 2:
+        return "the weight is a vector" if unfit is None else f"an operand is {unfit.layout}{' and nested' if unfit.is_nested else ''}"
+    if not x.is_floating_point():
+        return f"the activation is {x.dtype}"
+    value = weight.value
+    if isinstance(value, QTensor):
+        seen = -3 - value.axis if weight.transposed and isinstance(value.axis, int) else value.axis
+        return "" if seen == axis else "the weight was packed along its other dimension"
+    if not value.is_floating_point():
+        return f"the weight is {value.dtype}"
+    return shapes.why_not(x, value)
+
+
+def problem_or_none(x: Any, weight: Operand, call: Convolution) -> Any:
+    """What a convolution that stays float would have been; None where it fits no convolution."""
+    try:
+        batched = x if x.ndim == call.dims + 2 else x.unsqueeze(0)
+        return ops.conv_problem(batched, weight.value, None, torch.float32, **call.how)[1]
+    except (TypeError, ValueError):
+        return None
+
+
+def _unfit(name: str, t: Any) -> str:
+    """The reason why an operand is none of a convolution in INT8, or ""."""
+    if not t.dtype.is_floating_point:
+        return f"the {name} is {t.dtype}"
+    if isinstance(t, Tensor) and (t.layout is not torch.strided or t.is_nested):
+        return f"the {name} is {t.layout}{' and nested' if t.is_nested else ''}"
+    return ""
+
+
+def why_float_conv(rule: Rule | None, x: Any, weight: Operand, axis: tuple[int, ...], call: Convolution) -> str:
+    """The reason why a convolution stays float, or ""."""
+    if rule is None or rule.weight is None:
+        return "no rule matches" if rule is None else "its rule leaves the weight in float"
+    value = weight.value
+    if x.ndim not in (call.dims + 1, call.dims + 2) or value.ndim != call.dims + 2:
+        return f"{call.dims} spatial dimensions do not fit {tuple(x.shape)} by {tuple(value.shape)}"  # torch tells what is wrong
+    unfit = _unfit("activation", x) or _unfit("weight", value)
+    if unfit:
+        return unfit
+    if x.dtype != value.dtype and autocast_dtype(x) is None:
+        return f"the activation is {x.dtype}, the weight {value.dtype}"
+    if isinstance(value, QTensor) and (value.axis != axis or (call.transposed and call.groups > 1)):
+        return "the weight was packed for another kind of convolution"
+    if weight.transposed:
+        return "the last dimensions of its weight are seen turned around"
+    return ""
+
+
+def why_not_grouped(rule: Rule | None) -> str:
+    """The reason why a mixture of experts stays float under a rule that wants it in INT8, or ""."""
+    activation = None if rule is None else rule.activation
+    if activation is None:
+        return "experts have no W8A16"
+    fits = activation.granularity == "row" and activation.scale == "dynamic"
+    return "" if fits else "the activation of experts has a dynamic scale a token, and no other"
+
+
+def mode_of(rule: Rule, grouped: bool = False) -> str:
+    """What a rule asks for, as the receipt says it: "W8A8", "W8A16", with "dX" and "dW" where the backward is INT8 too.
+
+    The dW of a mixture of experts (``grouped``) is in float.
+    """
+    if rule.activation is None:
+        return "W8A16"
+    if rule.gradient is None:
+        return "W8A8"
+    return "W8A8 dX dW" if rule.wgrad == "int8" and not grouped else "W8A8 dX"
+
+
+def ran_as_of(x: Tensor, value: Any, rule: Rule, grouped: bool) -> str:
+    """The name of the implementation that ``ops.linear``, or ``ops.grouped_linear``, will select."""
+    if rule.compute == "simulate":
+        return "reference"
+    if rule.activation is None:
+        return "dequantized"
+    n = value.shape[-2] if not isinstance(value, QTensor) or value.axis == -1 else value.shape[-1]
+    batch, m = (value.shape[0], x.shape[0]) if grouped else problem_of(x, n, value.ndim)[2:4]
+    dtype = None if grouped else autocast_dtype(x)
+    batch, m, n, k = map(_torch.number, (batch, m, n, x.shape[-1]))
+    problem = ops.Problem(x.device.type, dtype or x.dtype, batch, m, n, k)
+    return ops.select("grouped_mm" if grouped else "int8_mm", problem).name
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that torch.autocast wants of a matmul's result: autocast acts below the mode, so the op must honour it."""
+    kind = x.device.type
+    if kind == "meta":
+        return None
+    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return None
