@@ -123,10 +123,18 @@ def conv_problem(
     x: Tensor, weight: Tensor | QTensor, bias: Tensor | None, dtype: torch.dtype, *, stride: Any = 1, padding: Any = 0,
     dilation: Any = 1, groups: int = 1, transposed: bool = False, output_padding: Any = 0,
 ) -> tuple[str, Problem]:  # fmt: skip
-    """The op that ``conv`` of these runs, and the Problem that it poses.
+    """The op that ``conv`` of these runs, and the Problem that it poses: what ``select`` chooses an implementation by.
+
+    Args:
+        x: (B, C, *S). weight, bias, and the rest: as for ``conv``. dtype: of the result.
 
     Raises:
         TypeError, ValueError: as ``conv``, but for dtypes that differ, which torch.autocast may mend.
+
+    Example:
+        >>> op, problem = conv_problem(torch.ones(2, 3, 8, 8), torch.ones(4, 3, 3, 3), None, torch.float32, padding=1)
+        >>> op, problem.m, problem.n, problem.k
+        ('conv', 128, 4, 27)
 
     """
     _check_shapes(x, weight, bias, groups, transposed)
