@@ -35,7 +35,8 @@ def _report(op: str, implementation: registry.Implementation, device: str) -> bo
     """Print one line; whether the implementation broke the contract."""
     if implementation.device not in ("", device):
         return False
-    problem = registry.Problem(device, torch.float32, 1, 2 if op == "mlp" else 33, 17, 65, (1, 65) if op == "conv" else ())
+    extra = {"conv": (1, 65), "attention": (33,)}.get(op, ())
+    problem = registry.Problem(device, torch.float32, 1, 2 if op == "mlp" else 33, 17, 65, extra)
     reason = registry.why_not(implementation, problem)
     wrong = 0 if reason else _different(op, implementation, device)
     verdict = f"not usable: {reason}" if reason else f"{wrong} bits wrong" if wrong else "ok, the contract's bits"
@@ -74,6 +75,7 @@ def _arguments(op: str, device: str) -> tuple[Any, ...]:
         "grouped_mm": (xq, xs, wq.expand(2, -1, -1), ws.expand(2, -1), torch.tensor([8, 30], device=device), x.dtype),
         "conv": (xq.view(1, 33, 65), xs[:1, None], wq.view(17, 1, 65), ws, bias, Window((1,), (0, 0), (1,)), x.dtype),
         "quantize_channels": (x[None],),
+        "attention": (*(t[None, None] for t in (xq, xs, wq, ws, *ops.quantize(u[:, :17], impl="reference"))), None, True, 0.1, x.dtype),
         "norm": (x, u, u[0], None, "rms", 1e-5, True, True),
     }[op]
 

@@ -3,11 +3,11 @@
 import dataclasses
 from typing import Any, Literal
 
-OPS = ("linear", "matmul", "activation_matmul", "conv", "embedding", "recurrent")
+OPS = ("linear", "matmul", "activation_matmul", "conv", "embedding", "recurrent", "attention")
 """Names a rule may give in ``ops``: ``linear`` (F.linear and the projections of attention), ``matmul`` (torch.matmul, mm, bmm,
 addmm, baddbmm with a weight operand), ``activation_matmul`` (the same between two activations), ``conv`` (F.conv1d to conv3d and the
-transposed ones), ``embedding`` (F.embedding and embedding_bag) and ``recurrent`` (nn.LSTM, nn.GRU and nn.RNN, step by step), both only
-where a rule names them."""
+transposed ones); and, only where a rule names them, ``embedding`` (F.embedding and embedding_bag), ``recurrent`` (nn.LSTM, nn.GRU and
+nn.RNN, step by step) and ``attention`` (F.scaled_dot_product_attention, also that of nn.MultiheadAttention)."""
 
 
 def _one_of(owner: str, field: str, value: object, allowed: tuple[object, ...]) -> None:
@@ -56,7 +56,8 @@ class Rule:
         path: a glob over the weight's path in the params ("encoder.layers.0.linear1.weight") or its module's; ``*`` stands for any
             run of characters, dots included.
         ops: names from ``teint8.policy.OPS``; activations are multiplied with each other in INT8 only by a rule that names
-            "activation_matmul"; tables and whole recurrent layers are INT8 only by one that names "embedding" or "recurrent".
+            "activation_matmul"; tables, whole recurrent layers and attention's own products are INT8 only by one that names
+            "embedding", "recurrent" or "attention" (whose path is "file.py:line" of the call).
         weight: Quant of the weight, or None to leave the call in float.
         activation: Quant of the activation, or None for a float activation (W8A16).
         gradient: Quant of the output's gradient for an INT8 backward, or None for a float backward.

@@ -16,6 +16,7 @@ from triton.compiler import ASTSource
 
 from teint8.kernels import (
     activation_rows,
+    attention,
     conv,
     dequantize,
     finish,
@@ -27,6 +28,7 @@ from teint8.kernels import (
     quantize,
     quantize_both,
     quantize_both_kernels,
+    quantize_long,
     weight_only,
 )
 
@@ -120,11 +122,12 @@ def kernels(arch: int) -> None:
             (grouped_mm._grouped_mm_kernel, "grouped_mm", dict(MOST_GROUPS=16), {"x_ptr": "*i8", "ends_ptr": "*i32"}),
         ):
             core(f"{name} long {tuple(c)}", arch, kernel, {**sizes, **more}, pointers, num_warps=c.warps, num_stages=c.stages)
-    for m in (16, 32, 128, 4096):
-        c = conv.tile_of(m)
+    for sizes in ((16,), (32,), (128,), (65536, 64), (65536, 256), (8192, 256, 2304), (4096, 512, 4608), (65536, 64, 147, True)):
+        c = conv.tile_of(*sizes, major=arch // 10)
         for by_tap in (True, False):
-            sizes = dict(HAS_BIAS=True, BY_TAP=by_tap, BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, GROUP=8)
-            core(f"conv {by_tap} {tuple(c)}", arch, conv._conv_kernel, sizes, {"x_ptr": "*i8"}, num_warps=c.warps, num_stages=c.stages)
+            blocks = dict(BY_ROW=len(sizes) > 3, BY_TAP=by_tap, BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, GROUP=8)
+            core(f"conv {sizes} {by_tap}", arch, conv._conv_kernel, dict(HAS_BIAS=True, **blocks), {"x_ptr": "*i8"},
+                 num_warps=c.warps, num_stages=c.stages)  # fmt: skip
     core("depthwise", arch, conv._depthwise_kernel, dict(HAS_BIAS=True, BLOCK_M=32, BLOCK_C=64), {"x_ptr": "*i8"}, num_warps=4)
     rows = dict(STOCHASTIC=False, STATIC=False, BLOCK_M=1, BLOCK_K=16384, ONE_BLOCK=True)
     core("quantize", arch, quantize._quantize_kernel, rows, num_warps=4)
@@ -159,14 +162,24 @@ def kernels(arch: int) -> None:
         x = "*bf16" if floats else "*i8"
         core(f"gemv {m} {config} {floats}", arch, gemv._gemv_kernel, constants, {"x_ptr": x}, num_warps=config[2])
     norms = dict(
-        LAYER=True, RESIDUAL=True, WEIGHT=True, BIAS=True, VALUES=False, CODES=True, DTYPE=triton.language.bfloat16, BLOCK=16384
-    )
+        LAYER=True, RESIDUAL=True, WEIGHT=True, BIAS=True, VALUES=False, CODES=True, DTYPE=triton.language.bfloat16, BLOCK=16384,
+        EVEN=False,
+    )  # fmt: skip
     core("norm", arch, norm._norm_kernel, norms, {"eps": "fp32"}, num_warps=16)
+    pointers = {"q_ptr": "*i8", "k_ptr": "*i8", "v_ptr": "*i8", "vsum_ptr": "*i32", "mask_ptr": "*fp32"}
+    pointers |= dict.fromkeys(("a_ptr", "ks_ptr", "vs_ptr"), "*fp32")
+    for d in (64, 128, 256):
+        for masked in (False, True):
+            t = attention.config_of(d, masked, arch // 10)
+            how = dict(CAUSAL=True, MASK=masked, EVEN=True, EVEN_D=True, BLOCK_M=t.block_m, BLOCK_N=t.block_n, BLOCK_D=d, BLOCK_E=d)
+            core(f"attention {d} {masked}", arch, attention._attention_kernel, how, pointers, num_warps=t.warps, num_stages=t.stages)
     core("dequantize", arch, dequantize._dequantize_kernel, dict(BLOCK_M=16, BLOCK_K=512), num_warps=4)
     for m, n in ((64, 4096), (64, 14336), (32, 14336)):
         b = weight_only.blocks_of(m, n, arch // 10)
         rows = dict(BIAS=True, EVEN_K=True, BLOCK_M=m, BLOCK_N=b.block_n, BLOCK_K=b.block_k)
         core(f"weight_only {m} {n}", arch, weight_only._weight_only_kernel, rows, num_warps=4, num_stages=b.stages)
+    core("tops", arch, quantize_long._tops_kernel, dict(BLOCK=4096, SPAN=4), num_warps=4)
+    core("known", arch, quantize_long._known_kernel, dict(BLOCK=4096), num_warps=4)
     core("finish", arch, finish._finish_kernel, dict(PARTS=2, BIAS=True, BLOCK=512), num_warps=2)
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import teint8
 from teint8 import Policy
-from teint8.transforms.attention import math_attention
+from teint8.ops.attention import math_attention
 
 OPTIONS = [
     {"bias": bias, "add_bias_kv": kv, "add_zero_attn": zero, "batch_first": first}

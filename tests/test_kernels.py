@@ -206,7 +206,8 @@ def test_every_reciprocal_is_rounded_correctly() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("m,n,k", [(1, 33, 72), (2, 17, 300), (3, 40, 64), (4, 9, 4), (4, 34, 1024)])
 def test_gemv(m, n, k, dtype) -> None:
-    from teint8.kernels.gemv import gemv, quantize_known
+    from teint8.kernels.gemv import gemv
+    from teint8.kernels.quantize_long import quantize_known
 
     x, w, u = _values((m, k), dtype), _values((n, k), dtype), _values((n, k), dtype)
     if m > 2:
@@ -308,7 +309,7 @@ def test_mlp_of_any_number_of_rows(m, gated, device) -> None:
 
 HOPPER_SHAPES = [
     (1, 1000, 1072, 336), (1, 77, 133, 100), (2, 128, 96, 64), (3, 70, 40, 48), (1, 1, 1, 1), (1, 300, 513, 1024),
-    (1, 16, 128, 4096), (2, 5, 64, 260), (1, 200, 512, 256),
+    (1, 16, 128, 4096), (2, 5, 64, 260), (1, 200, 512, 256), (1, 70000, 64, 64), (1, 40000, 200, 48),
 ]  # fmt: skip
 
 
@@ -514,3 +515,13 @@ def test_weight_only_in_the_interpreter(m, n, k) -> None:
     y = weight_only(x, wq, ws, bias, x.dtype)
     exact = x.double() @ numerics.dequantize(wq, ws, torch.float64).t() + bias.double()
     assert ((y.double() - exact).norm() / exact.norm()) < 0.001
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_few_long_rows(dtype) -> None:
+    x = torch.randn(5, 70001, dtype=torch.float64).to(dtype)
+    x[1, 69999], x[2], x[3, 17] = float("nan"), 0.0, -float("inf")
+    for given in (x, x[:, 1:], x.t().contiguous().t()):
+        want = numerics.quantize(given)
+        assert [different(a, b) for a, b in zip(ops.quantize(given.to(DEVICE), impl=TRITON), want, strict=True)] == [0, 0]

@@ -151,21 +151,7 @@ def _gemv_kernel(
                 tops_ptr, DTYPE, BIAS, UP_BIAS, GATED, KIND)  # fmt: skip
 
 
-@triton.jit
-def _known_kernel(x_ptr, tops_ptr, codes_ptr, scale_ptr, N, BLOCK: tl.constexpr):
-    """Codes of a row whose absmax is known: many programs a row."""
-    m = tl.program_id(1)
-    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    scale, multiplier = _scale_and_multiplier(tl.load(tops_ptr + m + tl.arange(0, 1)))
-    x = tl.load(x_ptr + m * N + n, mask=n < N, other=0.0).to(tl.float32)
-    q = tl.where(multiplier != 0, code_bits(x, multiplier, x, False), 0)
-    tl.store(codes_ptr + m * N + n, q.to(tl.int8), mask=n < N)
-    if tl.program_id(0) == 0:
-        tl.store(scale_ptr + m + tl.arange(0, 1), scale)
-
-
 _launch = Launch(_gemv_kernel)
-_known = Launch(_known_kernel)
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 Config = tuple[int, int, int, int]  # output channels and words of a tile, warps, pipeline stages
 ONE: Config = (4, 256, 4, 1)
@@ -229,14 +215,3 @@ def gemv(
                          c[0], c[1], c[3])  # fmt: skip
             _launch.first(key, grid, (*args, m, n, k // 4, *strides), constants, num_warps=c[2], enable_fp_fusion=False)
     return y if inner == dtype else y.to(dtype)
-
-
-def quantize_known(x: Tensor, tops: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes (M, N) and scales (M,) of contiguous x (M, N), given the bits of absmax of its rows, int32 (M,)."""
-    m, n = x.shape
-    codes = torch.empty((m, n), dtype=torch.int8, device=x.device)
-    scale = torch.empty((m,), dtype=torch.float32, device=x.device)
-    with on(x.device):
-        _known((x.device.index, m, n, x.dtype, x.data_ptr() % 16), (-(-n // 1024), m, 1), (x, tops, codes, scale, n), (1024,),
-               num_warps=4, enable_fp_fusion=False)  # fmt: skip
-    return codes, scale

@@ -20,7 +20,7 @@ class Tile(NamedTuple):
         consumers: warpgroups that multiply, 64 rows each.
         block_n: columns of a tile.
         stages: slots of the ring.
-        buffers: shared buffers for the result, for each consumer.
+        buffers: shared buffers for the result, for each consumer; not more than a tile has parts, for each part has its own.
         scales_first: load the scales before the loop; never with a bias or a residual, for want of registers.
         group: rows of tiles that go together.
         limit: registers a thread at the start. registers: of a consumer's thread.
@@ -40,7 +40,7 @@ class Tile(NamedTuple):
 WIDE = Tile(2, 256, 4, group=16)
 SQUARE = Tile(2, 128, 6)
 LOW = Tile(1, 128, 8)
-SMALL = Tile(1, 64, 10)
+SMALL = Tile(1, 64, 10, buffers=1)
 TINY = Tile(1, 32, 16)
 HUGE = Tile(3, 256, 3, scales_first=False, group=12, limit=128, registers=160)
 TILES = {"wide": WIDE, "square": SQUARE, "low": LOW, "small": SMALL, "tiny": TINY, "huge": HUGE}

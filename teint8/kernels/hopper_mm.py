@@ -114,6 +114,8 @@ def _consumer(
     ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, min(BLOCK_N, 128), 32])
     OUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, PART, 32])
     PARTS: gl.constexpr = BLOCK_N // PART
+    # a buffer is free once all stores but the BUFFERS - 1 last ones are done: those must be from other buffers
+    gl.static_assert(PARTS % BUFFERS == 0 or not TMA_STORE)
     tiles_m = gl.cdiv(M, CONSUMERS * 64)
     tiles_n = gl.cdiv(N, BLOCK_N)
     tiles = tiles_m * tiles_n * BATCH

@@ -5,16 +5,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from teint8.kernels.activation import INTERPRETING, rounded
+from teint8.kernels.activation import INTERPRETING, rounded_pairs
 from teint8.kernels.launch import Launch, on
 from teint8.kernels.quantize import code_bits
 from teint8.kernels.quantize_both_kernels import _bits, _scale_and_multiplier, _top
 
 
 @triton.jit
-def _mean(t, N):
-    """Mean of t in [-1, 1] in fixed point: the sum is of integers."""
-    total = tl.sum((t * 1073741824.0).to(tl.int32).to(tl.int64), 0)
+def _fixed(t):
+    """t in [-1, 1] times 2^15 twice, cut to an integer."""
+    return (t * 1073741824.0).to(tl.int32)
+
+
+@triton.jit
+def _mean(total, N):
+    """The mean of integers that count 2^-30, from their sum in int64."""
     count = tl.full((1,), 1.0, tl.float32) * N  # N may be a constant
     return tl.div_rn(tl.full((1,), 1.0, tl.float32) * total.to(tl.float32), count) * 9.313225746154785e-10
 
@@ -22,7 +27,8 @@ def _mean(t, N):
 @triton.jit
 def _top_bits(c):
     """The bits of max |c|, (1,); NaN is above infinity."""
-    return tl.max(c.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0) + tl.zeros((1,), tl.int32)
+    top = _top(c, 0) + tl.zeros((1,), tl.float32)
+    return top.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit
@@ -35,40 +41,55 @@ def _power(bits):
 def _norm_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, sum_ptr, value_ptr, codes_ptr, scale_ptr, N, eps, stride_xm, stride_rm,
     LAYER: tl.constexpr, RESIDUAL: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, VALUES: tl.constexpr, CODES: tl.constexpr,
-    DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+    DTYPE: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     n = tl.arange(0, BLOCK)
-    inside = n < N
-    c = tl.load(x_ptr + row * stride_xm + n, mask=inside, other=0.0).to(tl.float32)
-    if RESIDUAL:
-        c = rounded(c + tl.load(residual_ptr + row * stride_rm + n, mask=inside, other=0.0).to(tl.float32), DTYPE)
-        tl.store(sum_ptr + row * N + n, c.to(sum_ptr.dtype.element_ty), mask=inside)
+    inside = (n < N) | EVEN
     one = tl.full((1,), 1.0, tl.float32)
+    c = tl.load(x_ptr + row * stride_xm + n, mask=inside, other=0.0).to(tl.float32)
+    if WEIGHT:
+        weight = tl.load(weight_ptr + n, mask=inside, other=0.0).to(tl.float32)
+    if BIAS:
+        bias = tl.load(bias_ptr + n, mask=inside, other=0.0).to(tl.float32)
+    if RESIDUAL:
+        c = rounded_pairs(c + tl.load(residual_ptr + row * stride_rm + n, mask=inside, other=0.0).to(tl.float32), DTYPE)
+        tl.store(sum_ptr + row * N + n, c.to(sum_ptr.dtype.element_ty), mask=inside)
     bits = _top_bits(c)
+    # a row that is not finite has garbage sums, and the factor NaN below
     finite = bits < 0x7F800000
-    c = tl.where(finite, c, 0.0)
     power = _power(tl.where(finite, bits, 0))
     if LAYER:
-        c = tl.where(inside, c - (_mean(c * tl.div_rn(one * 0.5, power), N) * 2.0) * power, 0.0)
+        # two numbers below 2^30 fit into int32
+        pairs = tl.sum(tl.reshape(_fixed(c * tl.div_rn(one * 0.5, power)), (BLOCK // 2, 2)), 1)
+        mean = _mean(tl.sum(pairs.to(tl.int64), 0), N)
+        c = c - (mean * 2.0) * power
+        c = c if EVEN else tl.where(inside, c, 0.0)
         power = _power(_top_bits(c))
-    t = c * tl.div_rn(one * 0.5, power)
-    variance = ((_mean(t * t, N) * 4.0) * power) * power
-    scale = tl.div_rn(one, tl.sqrt_rn(variance + eps))
-    y = c * tl.where(finite, scale, float("nan"))
+    # 2^15 twice makes the square one of 2^30; powers of two round nothing
+    t = c * tl.div_rn(one * 16384.0, power)
+    # and four numbers of [0, 2^30] fit into uint32
+    fours = tl.reshape((t * t).to(tl.int32).to(tl.uint32, bitcast=True), (BLOCK // 4, 4))
+    total = tl.sum(tl.sum(fours, 1).to(tl.int64), 0)
+    variance = ((_mean(total, N) * 4.0) * power) * power
+    factor = tl.div_rn(one, tl.sqrt_rn(variance + eps))
+    y = c * tl.where(finite, factor, float("nan"))
     if WEIGHT:
-        y = y * tl.load(weight_ptr + n, mask=inside, other=0.0).to(tl.float32)
+        y = y * weight
     if BIAS:
-        y = y + tl.load(bias_ptr + n, mask=inside, other=0.0).to(tl.float32)
-    y = rounded(y, DTYPE)
+        y = y + bias
+    y = rounded_pairs(y, DTYPE)
     if VALUES:
         tl.store(value_ptr + row * N + n, y.to(value_ptr.dtype.element_ty), mask=inside)
     if CODES:
-        # past the end y is 0 times the scale, or NaN with the row
-        scale, multiplier = _scale_and_multiplier(_bits(_top(tl.where(inside, y, 0.0), 0) + tl.zeros((1,), tl.float32), DTYPE))
-        q = tl.where(multiplier != 0, code_bits(y, multiplier, y, False), 0)
-        tl.store(codes_ptr + row * N + n, q.to(tl.int8), mask=inside)
+        # past the end y is no number of the row
+        top = _top(y if EVEN else tl.where(inside, y, 0.0), 0)
+        scale, multiplier = _scale_and_multiplier(_bits(top + tl.zeros((1,), tl.float32), DTYPE))
         tl.store(scale_ptr + row + tl.arange(0, 1), scale)
+        if tl.max(multiplier, 0) != 0:
+            tl.store(codes_ptr + row * N + n, code_bits(y, multiplier, y, False).to(tl.int8), mask=inside)
+        else:
+            tl.store(codes_ptr + row * N + n, tl.zeros((BLOCK,), tl.int8), mask=inside)
 
 
 _launch = Launch(_norm_kernel)
@@ -105,8 +126,9 @@ def norm(
     key = (device.index, m, n, x.dtype, kind, codes, values, residual is None, x.stride(0), r.stride(0),
            None if weight is None else w.dtype, None if bias is None else b.dtype,
            (x.data_ptr() | r.data_ptr() | w.data_ptr() | b.data_ptr()) % 16)  # fmt: skip
-    block = triton.next_power_of_2(n)
-    constants = (kind == "layer", residual is not None, weight is not None, bias is not None, values, codes, _DTYPES[x.dtype], block)
+    block = max(triton.next_power_of_2(n), 4)
+    constants = (kind == "layer", residual is not None, weight is not None, bias is not None, values, codes, _DTYPES[x.dtype], block,
+                 n == block)  # fmt: skip
     with on(device):
         _launch(key, (m, 1, 1), (x, r, w, b, total, y, q, s, n, float(eps), x.stride(0), r.stride(0)), constants,
                 num_warps=min(max(block // 1024, 1), 16), enable_fp_fusion=False)  # fmt: skip

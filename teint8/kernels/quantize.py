@@ -8,7 +8,7 @@ from torch import Tensor
 from teint8.kernels.activation import INTERPRETING
 from teint8.kernels.launch import Launch, on
 
-_MAX_BLOCK = 16384  # a longer row is read twice, in blocks
+MAX_BLOCK = 16384  # a longer row is read twice, in blocks
 
 
 @triton.jit
@@ -166,7 +166,7 @@ def quantize(x: Tensor, seed: Tensor | None, scale: Tensor | None, pair: Tensor 
     codes = torch.empty((count * m, k), dtype=torch.int8, device=device)
     scales = torch.empty((count * m,), dtype=torch.float32, device=device)
     # short rows share a program; the interpreter's cost is that of its programs
-    block_k = min(triton.next_power_of_2(k), _MAX_BLOCK)
+    block_k = min(triton.next_power_of_2(k), MAX_BLOCK)
     block_m = max((4096 if device.type == "cuda" else 65536) // block_k, 1)
     block_m = min(block_m, triton.next_power_of_2(m))
     stride, per_seed = x.stride(0), 1 if seed is None else m // seed.numel()

@@ -2,6 +2,7 @@
 
 from teint8.ops import cpu, cpu_conv, cuda
 from teint8.ops.activate import activate
+from teint8.ops.attention import attention
 from teint8.ops.conv import conv, conv_problem
 from teint8.ops.embedding import embedding, embedding_bag
 from teint8.ops.grouped import grouped_linear
@@ -20,6 +21,7 @@ __all__ = [
     "Implementation",
     "Problem",
     "activate",
+    "attention",
     "conv",
     "conv_problem",
     "embedding",

@@ -16,11 +16,15 @@ from teint8.ops.registry import Problem, register
 FEW_ROWS = 4
 """Up to this many rows a matmul is bound by reading its weight."""
 _WIDEST_NORM = 16384
+_FEW_LONG = 512
+"""So few rows that are longer than a program holds do not fill a card with one program each."""
 
 
 def _quantize(x: Tensor, seed: Tensor | None, scale: Tensor | None, pair: Tensor | None = None) -> Any:
-    from teint8.kernels import quantize
+    from teint8.kernels import quantize, quantize_long
 
+    if seed is scale is pair is None and x.shape[0] <= _FEW_LONG and x.shape[1] > quantize.MAX_BLOCK:
+        return quantize_long.quantize_long(x)
     return quantize.quantize(x, seed, scale, pair)
 
 
@@ -86,6 +90,24 @@ def _conv(*args: Any) -> Tensor:
     return conv.conv(*args)
 
 
+def _attention(*args: Any) -> Tensor:
+    from teint8.kernels import attention
+
+    return attention.attention(*args)
+
+
+_WIDEST_HEAD = 256
+
+
+def _attention_why_not(problem: Problem) -> str | None:
+    widest = max(problem.k, *problem.extra)
+    if widest > _WIDEST_HEAD:
+        return f"a head is {widest} wide; up to {_WIDEST_HEAD} are held in registers"
+    if problem.n > MAX_INT32_K:
+        return f"there are {problem.n} keys; its int32 sums hold up to {MAX_INT32_K}"
+    return _why_not(problem)
+
+
 def _conv_why_not(problem: Problem) -> str | None:
     if problem.k > MAX_INT32_K:
         return f"K is {problem.k}; its int32 sums hold K up to {MAX_INT32_K}"
@@ -139,6 +161,7 @@ def _few_mm(xq: Tensor, xs: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None,
 def _few_mlp(x: Tensor, gate: Any, up: Any, down: Any, biases: Any, kind: str) -> Tensor | None:
     """An MLP of one to four rows; None where codes cannot be read as words."""
     from teint8.kernels import gemv
+    from teint8.kernels.quantize_long import quantize_known
 
     if not all(gemv.usable(w[0]) for w in (gate, down, *(() if up is None else (up,)))):
         return None
@@ -146,7 +169,7 @@ def _few_mlp(x: Tensor, gate: Any, up: Any, down: Any, biases: Any, kind: str) -
     both: Any = None if up is None else (*up, biases[1])
     codes: Any = (x, None) if x.shape[0] == 1 else _quantize(x, None, None)
     h = gemv.gemv(codes[0], codes[1], gate[0], gate[1], biases[0], x.dtype, up=both, kind=kind, tops=tops)
-    h_codes = gemv.quantize_known(h, tops)
+    h_codes = quantize_known(h, tops)
     return gemv.gemv(h_codes[0], h_codes[1], down[0], down[1], biases[2], x.dtype)
 
 
@@ -341,6 +364,8 @@ def register_all() -> None:
     register("grouped_mm", "triton-interpreter", _grouped_mm, device="cpu", priority=-1, why_not=_why_not)
     register("conv", "triton", _conv, device="cuda", priority=20, why_not=_conv_why_not)
     register("conv", "triton-interpreter", _conv, device="cpu", priority=-1, why_not=_conv_why_not)
+    register("attention", "triton", _attention, device="cuda", priority=20, why_not=_attention_why_not)
+    register("attention", "triton-interpreter", _attention, device="cpu", priority=-1, why_not=_attention_why_not)
     register("norm", "triton", _norm, device="cuda", priority=20, why_not=_norm_why_not)
     register("norm", "triton-interpreter", _norm, device="cpu", priority=-1, why_not=_norm_why_not)
     register("linear", "triton", _linear, device="cuda", priority=20, why_not=_why_not)

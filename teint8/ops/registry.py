@@ -29,6 +29,8 @@ Ops and what their implementations are called with (always these shapes; broadca
               as ``ops.raw_conv.int8_conv``; m counts windows, batch groups, n and k the channels and products of one group.
 ``quantize_channels``  ``run(x (B, P, C) float) -> codes int8 (B, P, C), scale float32 (B, C)``: as ``quantize`` of each channel over P;
               m is B, n is P, k is C.
+``attention``  ``run(q (B, H, M, D), qs (B, H, M), k (B, G, S, D), ks (B, G, S), v (B, G, E, S), vs (B, G, E), mask | None, causal,
+              scale, dtype) -> (B, H, M, E)``: as ``attentions.value``; m counts rows, n keys, k is D, batch B * H, extra (E,).
 
 No size is 0: empty problems are answered before an implementation is looked for.
 """
@@ -41,7 +43,19 @@ import torch
 
 from teint8 import activations, norms, numerics
 
-OPS = ("quantize", "int8_mm", "linear", "quantize_both", "activation", "mlp", "norm", "grouped_mm", "conv", "quantize_channels")
+OPS = (
+    "quantize",
+    "int8_mm",
+    "linear",
+    "quantize_both",
+    "activation",
+    "mlp",
+    "norm",
+    "grouped_mm",
+    "conv",
+    "quantize_channels",
+    "attention",
+)
 
 
 class Problem(NamedTuple):

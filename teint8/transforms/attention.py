@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from teint8 import _torch
+from teint8.ops.attention import math_attention
+from teint8.transforms import attend
 
 Project = Callable[[Tensor, Tensor, Tensor | None, slice | None], Tensor]
 """(x, weight, bias, rows): ``F.linear(x, weight[rows], bias)``; rows None is the whole weight."""
@@ -45,8 +47,12 @@ def multi_head_attention_forward(
     static_v: Tensor | None = None,
     average_attn_weights: bool = True,
     is_causal: bool = False,
+    *,
+    route: Any = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Multi-head attention (Vaswani et al., 2017); arguments and results as in ``torch.nn.functional``, after ``project``.
+
+    ``route`` decides whether the products of activations run in INT8.
 
     Raises:
         ValueError: shapes that do not fit; the message names them.
@@ -86,7 +92,7 @@ def multi_head_attention_forward(
     appended = int(bias_k is not None) + int(add_zero_attn)
     mask = _merged(_padded(attn_mask, appended), _padded(key_padding_mask, appended), batch, num_heads)
 
-    out, attention = _attend(q, k, v, mask, dropout_p if training else 0.0, need_weights, hinted, batch)
+    out, attention = _attend(q, k, v, mask, dropout_p if training else 0.0, need_weights, hinted, batch, route)
     out = project(out.transpose(0, 1).reshape(length * batch, width), out_proj_weight, out_proj_bias, None)
     out = out.reshape(length, batch, out.shape[-1])
     out = out.squeeze(1) if unbatched else out
@@ -121,10 +127,12 @@ def _weight_and_bias(weight: tuple[Any, Any], bias: Tensor | None) -> tuple[Any,
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float, need_weights: bool, causal: bool, batch: int
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float, need_weights: bool, causal: bool, batch: int, route: Any
 ) -> tuple[Tensor, Tensor | None]:
     """(B * heads, length, width of a head), and the weights where they are wanted."""
     if need_weights:
+        if route is not None:
+            attend.stays_float(route, "its weights are asked for (need_weights)", q, k, v)
         q = q * math.sqrt(1.0 / q.shape[-1])
         scores = torch.bmm(q, k.mT) if mask is None else torch.baddbmm(mask, q, k.mT)
         weights = F.dropout(scores.softmax(-1), dropout_p) if dropout_p > 0.0 else scores.softmax(-1)
@@ -132,35 +140,13 @@ def _attend(
     if mask is not None:
         mask = mask.unsqueeze(0) if mask.shape[0] == 1 else mask.reshape(batch, -1, *mask.shape[1:])
     q, k, v = (t.reshape(batch, -1, *t.shape[1:]) for t in (q, k, v))
-    attention = math_attention if _torch.needs_math_attention(q.device.type) else F.scaled_dot_product_attention
-    out: Tensor = attention(q, k, v, mask, dropout_p, causal)
+    form = math_attention if _torch.needs_math_attention(q.device.type) else F.scaled_dot_product_attention
+
+    def in_float() -> Any:
+        return form(q, k, v, mask, dropout_p, causal)
+
+    out: Tensor = in_float() if route is None else attend.attend(route, in_float, q, k, v, mask, dropout_p, causal)
     return out.flatten(0, 1), None
-
-
-def math_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """``F.scaled_dot_product_attention`` in differentiable steps, for transforms that torch's fused kernels have no rule for."""
-    if enable_gqa:
-        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
-        value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
-    scores = torch.matmul(query, key.mT) * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
-    if is_causal:
-        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        attn_mask = _additive(~attn_mask, query.dtype)
-    scores = scores if attn_mask is None else scores + attn_mask
-    weights = scores.softmax(-1)
-    if attn_mask is not None:  # a row that is masked whole has weights 0, as in torch
-        weights = weights.masked_fill(scores.isneginf().all(-1, keepdim=True), 0.0)
-    return torch.matmul(F.dropout(weights, dropout_p) if dropout_p > 0.0 else weights, value)
 
 
 def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from teint8 import _torch
-from teint8.transforms import attention, convolutions, products, recurrent, shapes, tables
+from teint8.ops.attention import math_attention
+from teint8.transforms import attend, attention, convolutions, products, recurrent, shapes, tables
 from teint8.transforms.operands import Operand
 from teint8.transforms.recurrent import CELLS
 
@@ -103,7 +104,7 @@ def _attention(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
 
     args = [t if i in _PROJECTIONS else route.plain(t) for i, t in enumerate(args)]
     kwargs = {name: t if name.endswith("proj_weight") else route.plain(t) for name, t in kwargs.items()}
-    return attention.multi_head_attention_forward(project, *args, **kwargs)
+    return attention.multi_head_attention_forward(project, *args, **kwargs, route=route)
 
 
 def _native_attention(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
@@ -165,9 +166,13 @@ def _nested(route: Route, func: Any, args: Any, kwargs: Any, weights: tuple[Tens
 
 def _scaled_dot_product_attention(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
     args, kwargs = route.plain(args), route.plain(kwargs)
-    if _torch.needs_math_attention(args[0].device.type if args else "cpu"):
-        return attention.math_attention(*args, **kwargs)
-    return func(*args, **kwargs)
+
+    def in_float() -> Any:
+        if _torch.needs_math_attention(args[0].device.type if args else "cpu"):
+            return math_attention(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    return attend.attend(route, in_float, *args, **kwargs)
 
 
 def _grouped(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
@@ -220,6 +225,11 @@ def _cell(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
     x, state, w_ih, w_hh, b_ih, b_hh = shapes.bind(names, args, kwargs)
     plain = route.plain((x, state, b_ih, b_hh))
     return CELLS[func](project, plain[0], plain[1], w_ih, w_hh, *plain[2:])
+
+
+def _layout(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
+    """Weights of a recurrent layer are laid out for cuDNN, which is no use of them."""
+    return func(*args, **kwargs)
 
 
 def _data(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
@@ -307,6 +317,7 @@ HANDLERS: dict[Any, Callable[[Route, Any, Any, Any], Any]] = {
     **dict.fromkeys(_FLOAT_CONVOLUTIONS, _convolution),
     **dict.fromkeys(tables.FUNCTIONS, _table),
     **FLOAT_ONLY,
+    torch._cudnn_rnn_flatten_weight: _layout,
     Tensor.data.__get__: _data,  # type: ignore[attr-defined]
 }
 

@@ -167,7 +167,7 @@ class Route(TorchFunctionMode):
         rule = self.rule(path, op)
         reason = why_float(op, rule, x, weight, axis) or (why_not_grouped(rule) if ends is not None else "")
         if reason:
-            self._refuse(rule, path, op, reason)
+            self.refuse(rule, path, op, reason)
             self.record(path, op, x, weight, axis, rows, "float", "", reason)
             return float_call()
         assert rule is not None and rule.weight is not None
@@ -181,7 +181,7 @@ class Route(TorchFunctionMode):
         impl = "reference" if rule.compute == "simulate" else ""
         if (self.receipt is not None or self.strict) and not torch.compiler.is_dynamo_compiling():
             ran_as = ran_as_of(x, value, rule, ends is not None)
-            self._need_kernel(rule, path, op, x, ran_as)
+            self.need_kernel(rule, path, op, x, ran_as)
             self.record(path, op, x, weight, axis, rows, ran_as, mode_of(rule, ends is not None), "")
         self.replay_in_checkpoints()
         if ends is not None:
@@ -206,7 +206,7 @@ class Route(TorchFunctionMode):
         axis = contracted(weight.value.ndim, call.transposed)
         reason = why_float_conv(rule, x, weight, axis, call)
         if reason:
-            self._refuse(rule, path, "conv", reason)
+            self.refuse(rule, path, "conv", reason)
             self.record_conv(path, problem_or_none(x, weight, call), weight, "float", "", reason)
             return float_call()
         assert rule is not None and rule.weight is not None
@@ -220,7 +220,7 @@ class Route(TorchFunctionMode):
             batch, m, n, k = map(_torch.number, (problem.batch, problem.m, problem.n, problem.k))
             problem = problem._replace(batch=batch, m=m, n=n, k=k)
             ran_as = "reference" if impl else "dequantized" if rule.activation is None else ops.select(op, problem).name
-            self._need_kernel(rule, path, "conv", x, ran_as)
+            self.need_kernel(rule, path, "conv", x, ran_as)
             self.record_conv(path, problem, weight, ran_as, mode_of(rule), "")
         self.replay_in_checkpoints()
         y = ops.conv(
@@ -233,7 +233,7 @@ class Route(TorchFunctionMode):
         )
         return y if batched is x else y.squeeze(0)
 
-    def _refuse(self, rule: Rule | None, path: str, op: str, reason: str) -> None:
+    def refuse(self, rule: Rule | None, path: str, op: str, reason: str) -> None:
         """Raise, in strict mode, for a call that stays float though its rule wants INT8."""
         if self.strict and rule is not None and rule.weight is not None:
             raise ValueError(
@@ -241,7 +241,7 @@ class Route(TorchFunctionMode):
                 "before the other rules, or leave strict off"
             )
 
-    def _need_kernel(self, rule: Rule, path: str, op: str, x: Tensor, ran_as: str) -> None:
+    def need_kernel(self, rule: Rule, path: str, op: str, x: Tensor, ran_as: str) -> None:
         """Raise, in strict mode, for a call that only the reference can run."""
         if self.strict and ran_as == "reference" and rule.compute == "int8":
             raise ValueError(
