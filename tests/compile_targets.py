@@ -178,7 +178,7 @@ def kernels(arch: int) -> None:
         b = weight_only.blocks_of(m, n, arch // 10)
         rows = dict(BIAS=True, EVEN_K=True, BLOCK_M=m, BLOCK_N=b.block_n, BLOCK_K=b.block_k)
         core(f"weight_only {m} {n}", arch, weight_only._weight_only_kernel, rows, num_warps=4, num_stages=b.stages)
-    core("tops", arch, quantize_long._tops_kernel, dict(BLOCK=4096, SPAN=4), num_warps=4)
+    core("tops", arch, quantize_long._tops_kernel, dict(BLOCK=4096, SPAN=4), num_warps=8)
     core("known", arch, quantize_long._known_kernel, dict(BLOCK=4096), num_warps=4)
     core("finish", arch, finish._finish_kernel, dict(PARTS=2, BIAS=True, BLOCK=512), num_warps=2)
 

@@ -62,5 +62,5 @@ def quantize_long(x: Tensor) -> tuple[Tensor, Tensor]:
     tops = torch.zeros((m,), dtype=torch.int32, device=x.device)
     with on(x.device):
         _tops((x.device.index, m, n, x.dtype, x.stride(0), x.data_ptr() % 16), (-(-n // (BLOCK * SPAN)), m, 1),
-              (x, tops, n, x.stride(0)), (BLOCK, SPAN), num_warps=4)  # fmt: skip
+              (x, tops, n, x.stride(0)), (BLOCK, SPAN), num_warps=8)  # fmt: skip
     return quantize_known(x, tops, BLOCK)
