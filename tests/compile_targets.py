@@ -106,7 +106,7 @@ def gluon(name: str, tile: hopper.Tile, tma: bool, split: int = 1, two: bool = F
 
 
 def kernels(arch: int) -> None:
-    for _, c in int8_mm.table(arch // 10):
+    for c in (*(c for _, c in int8_mm.table(arch // 10)), *((int8_mm.NARROW,) if arch == 90 else ())):
         sizes = dict(BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, GROUP=8)
         constants = dict(HAS_BIAS=True, EVEN_K=True, WIDE=False, WIDE_EVERY=1024, **sizes)
         core(f"int8_mm {tuple(c)}", arch, int8_mm._int8_mm_kernel, constants, {"x_ptr": "*i8"}, num_warps=c.warps, num_stages=c.stages)

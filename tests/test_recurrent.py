@@ -157,3 +157,17 @@ def test_a_layer_in_training_drops_out_between_its_layers(device: str) -> None:
     assert not torch.equal(qfn(params, xs)[0], qfn(params, xs)[0])
     layer.eval()
     assert torch.equal(qfn(params, xs)[0], qfn(params, xs)[0])
+
+
+def test_laying_weights_out_for_cudnn_is_no_use_of_them() -> None:
+    """On a GPU nn.LSTM asks where its weights lie before it calls: an abstract run must not take that for a use in float."""
+
+    class Asks(nn.LSTM):
+        def forward(self, x: torch.Tensor, state: object = None) -> object:
+            assert len({w.data_ptr() for w in self._flat_weights}) and self.weight_ih_l0.get_device() == -1
+            return super().forward(x, state)
+
+    layer, xs = Asks(12, 20), torch.randn(3, 5, 12)
+    qfn, params = teint8.quantize(layer, STEPS), dict(layer.named_parameters())
+    packed = teint8.pack(qfn, params, xs)
+    assert isinstance(packed["weight_ih_l0"], teint8.QTensor) and isinstance(packed["weight_hh_l0"], teint8.QTensor)

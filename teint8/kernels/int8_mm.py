@@ -29,6 +29,8 @@ _HOPPER = (*_FEW, (128, Config(64, 128, 128, 4, 4)), (None, Config(128, 128, 128
 _OTHERS = (*_FEW, (128, Config(64, 128, 128, 8, 3)), (None, Config(128, 128, 64, 8, 3)))
 
 
+NARROW = Config(128, 64, 64, 4, 3)
+"""On Hopper, for few channels and products: bound by writing the result."""
 _LONG = (*_FEW, (None, Config(64, 64, 128, 4, 4)))  # sums of more than MAX_INT32_K products take three times the registers
 
 
@@ -49,6 +51,8 @@ def chosen(device: int | None, batch: int, m: int, n: int, k: int, plain: bool) 
     from teint8.kernels import tuned  # imports this file
 
     known = tuned.found("triton", device, m, n, k, plain) if batch == 1 and k <= MAX_INT32_K else None
+    if known is None and m > 128 and n <= 64 and k <= 256 and major_of(device) == 9:
+        return NARROW
     return Config(*known) if known else config_of(m, major_of(device), k)
 
 

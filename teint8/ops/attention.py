@@ -97,7 +97,7 @@ def attention(
     q, k = (quantize(t.detach(), impl=quantizer) for t in (query, key))
     v = quantize(value.detach().mT, impl=quantizer)
     batch = math.prod(query.shape[:-3])
-    four = [t.reshape(batch, *t.shape[query.ndim - 3 :]) for t in (*q, *k, *v)]
+    four: Any = [t.reshape(batch, *t.shape[query.ndim - 3 :]) for t in (*q, *k, *v)]
     mask = None if floats is None else _of_four(floats, (*query.shape[:-1], key.shape[-2]))
     y = int8_attention(*four, mask, is_causal, float(scale), dtype, impl).reshape(*query.shape[:-1], value.shape[-1])
     if not differentiates(query, key, value, attn_mask if floats is attn_mask else None):
@@ -105,7 +105,8 @@ def attention(
     hats = (_hat(query, *q), _hat(key, *k), _hat(value.mT, *v).mT)
     how: dict[str, Any] = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
     form: Any = math_attention if (is_causal and attn_mask is not None) or _torch.needs_math_attention(query.device.type) else _fused
-    return _moved(y, form(*hats, None if floats is None else floats.to(query.dtype), **how).to(dtype))
+    moved: Tensor = _moved(y, form(*hats, None if floats is None else floats.to(query.dtype), **how).to(dtype))
+    return moved
 
 
 def _of_four(mask: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -279,7 +279,10 @@ def _hopper_why_not(problem: Problem) -> str | None:
         return reason
     from teint8.kernels import hopper
 
-    return hopper.why_not(problem.device, problem.k)
+    reason = hopper.why_not(problem.device, problem.k)
+    if reason is None and problem.n <= 64 and problem.k <= 256 and problem.m > 64:
+        return f"K is {problem.k} and N {problem.n}: that is bound by writing the result, which the other kernel does faster"
+    return reason
 
 
 def _hopper_mlp_why_not(problem: Problem) -> str | None:

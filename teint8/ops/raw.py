@@ -138,7 +138,7 @@ def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         codes: int8 (..., K). scale: float32 (...). dtype: float dtype of the result.
 
     """
-    if codes.is_cuda and codes.numel() > 0 and direct(codes, scale):
+    if codes.is_cuda and direct(codes, scale) and codes.numel() > 0:
         from teint8.ops import cuda
 
         if cuda.why_not_triton() is None:
@@ -148,7 +148,7 @@ def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 def weight_only_mm(x: Tensor, w_codes: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """W8A16: floats x (..., K) by a weight of codes (N, K), or (B, M, K) by (B, N, K); a float matmul: no contract of bits."""
-    if x.is_cuda and x.ndim == w_codes.ndim == 2 and w_codes.numel() > 0 and direct(x, w_codes, w_scale, bias):
+    if x.is_cuda and x.ndim == w_codes.ndim == 2 and direct(x, w_codes, w_scale, bias) and w_codes.numel() > 0:
         from teint8.ops import cuda
 
         y = (

@@ -20,7 +20,9 @@ from teint8.transforms.route import Route
 _TRANSPOSES = {torch.t, Tensor.t, Tensor.T.__get__, Tensor.mT.__get__, torch.transpose, Tensor.transpose}  # type: ignore[attr-defined]
 _VALUES = {*_TRANSPOSES, Tensor.H.__get__, Tensor.mH.__get__, Tensor.data.__get__, Tensor.real.__get__, Tensor.imag.__get__}  # type: ignore[attr-defined]
 _DTYPE = Tensor.dtype.__get__  # type: ignore[attr-defined]
-_SHAPES = {Tensor.size, Tensor.dim, Tensor.numel, Tensor.ndimension, Tensor.stride, Tensor.is_contiguous}
+_SHAPES = {
+    Tensor.size, Tensor.dim, Tensor.numel, Tensor.ndimension, Tensor.stride, Tensor.is_contiguous, Tensor.data_ptr, Tensor.get_device,
+}  # fmt: skip
 
 
 def _looks(func: Any) -> bool:
