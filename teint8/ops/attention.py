@@ -99,7 +99,8 @@ def attention(
     batch = math.prod(query.shape[:-3])
     four: Any = [t.reshape(batch, *t.shape[query.ndim - 3 :]) for t in (*q, *k, *v)]
     mask = None if floats is None else _of_four(floats, (*query.shape[:-1], key.shape[-2]))
-    y = int8_attention(*four, mask, is_causal, float(scale), dtype, impl).reshape(*query.shape[:-1], value.shape[-1])
+    run: Any = int8_attention
+    y = run(*four, mask, is_causal, float(scale), dtype, impl).reshape(*query.shape[:-1], value.shape[-1])
     if not differentiates(query, key, value, attn_mask if floats is attn_mask else None):
         return y
     hats = (_hat(query, *q), _hat(key, *k), _hat(value.mT, *v).mT)
