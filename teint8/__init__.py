@@ -5,9 +5,10 @@ from teint8._version import __version__
 from teint8.autocast import te_int8_autocast
 from teint8.policy import Policy, Quant, Rule
 from teint8.qtensor import QTensor
-from teint8.transforms import Receipt, Record, correct_bias, explain, pack, quantize, unpack
+from teint8.transforms import Comparison, Receipt, Record, compare, correct_bias, explain, pack, quantize, unpack
 
 __all__ = [
+    "Comparison",
     "Policy",
     "QTensor",
     "Quant",
@@ -15,6 +16,7 @@ __all__ = [
     "Record",
     "Rule",
     "__version__",
+    "compare",
     "correct_bias",
     "explain",
     "numerics",

@@ -11,7 +11,7 @@ from teint8.ops.mlp import gated_mlp, merged_linear, mlp
 from teint8.ops.norm import norm, norm_linear
 from teint8.ops.raw import int8_mm, quantize
 from teint8.ops.raw_both import quantize_both
-from teint8.ops.registry import Implementation, Problem, implementations, register, select
+from teint8.ops.registry import Implementation, Problem, describe, implementations, register, select
 
 cpu.register_all()
 cpu_conv.register_all()
@@ -24,6 +24,7 @@ __all__ = [
     "attention",
     "conv",
     "conv_problem",
+    "describe",
     "embedding",
     "embedding_bag",
     "gated_mlp",

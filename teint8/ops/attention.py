@@ -100,7 +100,7 @@ def attention(
     four: Any = [t.reshape(batch, *t.shape[query.ndim - 3 :]) for t in (*q, *k, *v)]
     mask = None if floats is None else _of_four(floats, (*query.shape[:-1], key.shape[-2]))
     run: Any = int8_attention
-    y = run(*four, mask, is_causal, float(scale), dtype, impl).reshape(*query.shape[:-1], value.shape[-1])
+    y: Tensor = run(*four, mask, is_causal, float(scale), dtype, impl).reshape(*query.shape[:-1], value.shape[-1])
     if not differentiates(query, key, value, attn_mask if floats is attn_mask else None):
         return y
     hats = (_hat(query, *q), _hat(key, *k), _hat(value.mT, *v).mT)

@@ -350,9 +350,46 @@ def _measured_why_not(problem: Problem) -> str | None:
     return None if wins else "it was not measured to be the fastest here: python -m teint8 tune M,N,K"
 
 
+def _describe_mm(problem: Problem) -> str:
+    from teint8.kernels import int8_mm
+
+    device = torch.cuda.current_device() if problem.device == "cuda" else None
+    return _tile(int8_mm.chosen(device, problem.batch, problem.m, problem.n, problem.k, True))
+
+
+def _describe_hopper(problem: Problem) -> str:
+    from teint8.kernels import hopper
+
+    tile = hopper.tile_of(problem.m, problem.n, problem.batch, hopper.programs(torch.cuda.current_device()))
+    name = next(name for name, known in hopper.TILES.items() if known == tile)
+    return f"{name} {64 * tile.consumers}x{tile.block_n}, ring of {tile.stages}"
+
+
+def _describe_conv(problem: Problem) -> str:
+    from teint8.kernels import conv
+    from teint8.kernels.int8_mm import major_of
+
+    major = major_of(torch.cuda.current_device() if problem.device == "cuda" else None)
+    return _tile(conv.tile_of(problem.m, problem.n, problem.k, major=major))
+
+
+def _describe_attention(problem: Problem) -> str:
+    from teint8.kernels import attention
+    from teint8.kernels.int8_mm import major_of
+
+    major = major_of(torch.cuda.current_device() if problem.device == "cuda" else None)
+    c = attention.config_of(max(problem.k, *problem.extra), False, major)
+    return f"{c.block_m}x{c.block_n}, {c.warps} warps, {c.stages} stages"
+
+
+def _tile(c: Any) -> str:
+    return f"{c.block_m}x{c.block_n}x{c.block_k}, {c.warps} warps, {c.stages} stages"
+
+
 def register_all() -> None:
     """Register Triton for GPUs, and its interpreter, which runs only when asked for by name."""
-    register("int8_mm", "triton-hopper", _hopper, device="cuda", priority=30, why_not=_hopper_why_not, flat=True, adds=True)
+    register("int8_mm", "triton-hopper", _hopper, device="cuda", priority=30, why_not=_hopper_why_not, flat=True, adds=True,
+             describe=_describe_hopper)  # fmt: skip
     register("int8_mm", "triton-gemv", _few_mm, device="cuda", priority=35, why_not=_few_mm_why_not, flat=True)
     register("int8_mm", "cublas", _cublas, device="cuda", priority=15, why_not=_cublas_why_not)
     register("int8_mm", "cublas-measured", _cublas, device="cuda", priority=40, why_not=_measured_why_not)
@@ -361,13 +398,14 @@ def register_all() -> None:
     ):  # fmt: skip
         pairs = op in ("quantize", "quantize_both")
         why_not = _both_why_not if op in ("quantize_both", "activation") else _why_not
-        register(op, "triton", run, device="cuda", priority=20, why_not=why_not, pairs=pairs)
+        describe = _describe_mm if op == "int8_mm" else None
+        register(op, "triton", run, device="cuda", priority=20, why_not=why_not, pairs=pairs, describe=describe)
         register(op, "triton-interpreter", run, device="cpu", priority=-1, why_not=why_not, pairs=pairs)
     register("grouped_mm", "triton", _grouped_mm, device="cuda", priority=20, why_not=_why_not)
     register("grouped_mm", "triton-interpreter", _grouped_mm, device="cpu", priority=-1, why_not=_why_not)
-    register("conv", "triton", _conv, device="cuda", priority=20, why_not=_conv_why_not)
+    register("conv", "triton", _conv, device="cuda", priority=20, why_not=_conv_why_not, describe=_describe_conv)
     register("conv", "triton-interpreter", _conv, device="cpu", priority=-1, why_not=_conv_why_not)
-    register("attention", "triton", _attention, device="cuda", priority=20, why_not=_attention_why_not)
+    register("attention", "triton", _attention, device="cuda", priority=20, why_not=_attention_why_not, describe=_describe_attention)
     register("attention", "triton-interpreter", _attention, device="cpu", priority=-1, why_not=_attention_why_not)
     register("norm", "triton", _norm, device="cuda", priority=20, why_not=_norm_why_not)
     register("norm", "triton-interpreter", _norm, device="cpu", priority=-1, why_not=_norm_why_not)

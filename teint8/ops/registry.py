@@ -87,6 +87,7 @@ class Implementation:
         flat: for int8_mm, whether operands may come without their batch dimension.
         adds: for int8_mm, whether it takes a residual.
         pairs: for quantize and quantize_both, whether it takes a pair.
+        describe: given a Problem, the configuration that it runs it with; None where it has one for all.
 
     """
 
@@ -99,6 +100,7 @@ class Implementation:
     flat: bool = False
     adds: bool = False
     pairs: bool = False
+    describe: Callable[[Problem], str] | None = None
 
 
 _implementations: dict[str, list[Implementation]] = {op: [] for op in OPS}
@@ -117,6 +119,7 @@ def register(
     flat: bool = False,
     adds: bool = False,
     pairs: bool = False,
+    describe: Callable[[Problem], str] | None = None,
 ) -> Implementation:
     """Add an implementation of an op; one of the same op and name is replaced.
 
@@ -132,6 +135,7 @@ def register(
         flat: for int8_mm, whether it takes operands without their batch dimension, too.
         adds: for int8_mm, whether it takes a residual and adds it to the result.
         pairs: for quantize and quantize_both, whether it takes ``pair``, a second tensor like x.
+        describe: tells which of its configurations runs a problem, for the receipt.
 
     Raises:
         ValueError: an unknown op. TypeError: ``run`` is not callable.
@@ -148,7 +152,7 @@ def register(
         raise ValueError(f"register: op is {op!r}; it must be one of {', '.join(map(repr, OPS))}")
     if not callable(run):
         raise TypeError(f"register: run is {run!r}; a function is needed")
-    added = Implementation(op, name, run, device, priority, why_not, flat, adds, pairs)
+    added = Implementation(op, name, run, device, priority, why_not, flat, adds, pairs, describe)
     others = [i for i in _implementations[op] if i.name != name]
     _implementations[op] = sorted([*others, added], key=lambda i: -i.priority)
     choose_anew()
@@ -202,6 +206,12 @@ def select(op: str, problem: Problem, name: str = "") -> Implementation:
             raise ValueError(f"{op}: implementation {name!r} cannot run {problem}: {reason}")
     known = ", ".join(repr(i.name) for i in _implementations[op])
     raise ValueError(f"{op}: no implementation is called {name!r}; registered are {known}")
+
+
+def describe(op: str, name: str, problem: Problem) -> str:
+    """The configuration that the implementation of that name runs ``problem`` with, or ""."""
+    tell = next((i.describe for i in _implementations[op] if i.name == name), None)
+    return "" if tell is None else tell(problem)
 
 
 def why_not(implementation: Implementation, problem: Problem) -> str | None:

@@ -47,12 +47,17 @@ def attend(
         problem = problem_of((batch, 1, m, d), (batch, 1, e, s), query.device.type, query.dtype)
         ran_as = impl or ops.select("attention", problem).name
         route.need_kernel(rule, path, "attention", query, ran_as)
-        _record(route, path, sizes, ran_as, "A8A8", "")
+        fields = _record(route, path, sizes, ran_as, "A8A8", "", ops.describe("attention", ran_as, problem), query.element_size())
+    else:
+        fields = None
     route.replay_in_checkpoints()
     q, k, v = (t if t.ndim > 2 else t.unsqueeze(0) for t in (query, key, value))
     how: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa, "impl": impl, "dtype": autocast_dtype(query)}
     y = ops.attention(q, k, v, attn_mask, is_causal, **how)
-    return y if query.ndim > 2 else y.squeeze(0)
+    y = y if query.ndim > 2 else y.squeeze(0)
+    if fields is not None:
+        route.measure(fields, y, float_call, None, 1, None)
+    return y
 
 
 def named(route: Route) -> bool:
@@ -78,12 +83,17 @@ def _refuse(route: Route, rule: Rule | None, path: str, reason: str, sizes: tupl
     _record(route, path, sizes, "float", "", reason)
 
 
-def _record(route: Route, path: str, sizes: tuple[Any, ...], ran_as: str, mode: str, reason: str) -> None:
+def _record(
+    route: Route, path: str, sizes: tuple[Any, ...], ran_as: str, mode: str, reason: str, kernel: str = "", size: int = 0
+) -> Any:
     """M counts rows, N keys, K is the width of a head, batch all heads."""
     if route.receipt is None or torch.compiler.is_dynamo_compiling():
-        return
-    batch, m, s, d, _ = map(_torch.number, sizes)
-    route.receipt.add((path, "attention", m, s, d, batch, ran_as, mode, reason))
+        return None
+    batch, m, s, d, e = map(_torch.number, sizes)
+    fields = (path, "attention", m, s, d, batch, ran_as, mode, reason)
+    # keys are read twice
+    route.receipt.add(fields, kernel, batch * (m * d + 2 * s * d + s * e + m * e * size) if size else 0)
+    return fields
 
 
 def _sizes(query: Tensor, key: Tensor, value: Tensor) -> tuple[Any, ...]:

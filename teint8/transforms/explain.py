@@ -1,15 +1,35 @@
 """``explain``: what ran in INT8, and what did not."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from teint8 import ops
 from teint8.transforms.quantize import BoundRoute, quantized, run
 from teint8.transforms.receipt import Receipt
 
 
+class _Measuring(BoundRoute):
+    """Computes each call in float, too."""
+
+    def measure(self, fields: Any, y: Tensor, exact: Callable[[], Tensor], x: Tensor | None, group_dims: int, scale: Any) -> None:
+        want = exact()
+        found = self.receipt.measured(fields)  # type: ignore[union-attr]
+        found.signal += float(want.double().square().sum())
+        found.noise += float((want.double() - y.double()).square().sum())
+        if x is not None and x.numel():
+            codes, _ = ops.quantize(x.detach(), scale=scale, group_dims=group_dims)
+            found.saturated += int((codes.abs() == 127).sum())
+            found.codes += codes.numel()
+
+
 def explain(qfn: Any, params: Any, *args: Any, **kwargs: Any) -> Receipt:
     """Run ``qfn`` once, without gradients, and tell for each call of a quantizable op what ran it, or why it stayed float.
+
+    Each call that runs in INT8 is computed in float too, for its SQNR: this takes about twice as long as ``qfn``. A weight that is
+    packed counts as exact, so that only the activation's error is seen there.
 
     Args:
         qfn: a result of ``quantize``.
@@ -33,7 +53,7 @@ def explain(qfn: Any, params: Any, *args: Any, **kwargs: Any) -> Receipt:
     """
     quantized(qfn)
     receipt = Receipt()
-    route = BoundRoute(qfn.policy, qfn.strict, receipt)
+    route = _Measuring(qfn.policy, qfn.strict, receipt)
     with torch.no_grad():
         run(qfn, route, params, args, kwargs)
     route.finish()

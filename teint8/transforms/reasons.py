@@ -98,12 +98,22 @@ def ran_as_of(x: Tensor, value: Any, rule: Rule, grouped: bool) -> str:
         return "reference"
     if rule.activation is None:
         return "dequantized"
+    return ops.select("grouped_mm" if grouped else "int8_mm", _problem(x, value, grouped)).name
+
+
+def kernel_of(ran_as: str, x: Tensor, value: Any, rule: Rule, grouped: bool) -> str:
+    """The configuration of the kernel that will run, or ""."""
+    if ran_as in ("reference", "dequantized"):
+        return ""
+    return ops.describe("grouped_mm" if grouped else "int8_mm", ran_as, _problem(x, value, grouped))
+
+
+def _problem(x: Tensor, value: Any, grouped: bool) -> ops.Problem:
     n = value.shape[-2] if not isinstance(value, QTensor) or value.axis == -1 else value.shape[-1]
     batch, m = (value.shape[0], x.shape[0]) if grouped else problem_of(x, n, value.ndim)[2:4]
     dtype = None if grouped else autocast_dtype(x)
     batch, m, n, k = map(_torch.number, (batch, m, n, x.shape[-1]))
-    problem = ops.Problem(x.device.type, dtype or x.dtype, batch, m, n, k)
-    return ops.select("grouped_mm" if grouped else "int8_mm", problem).name
+    return ops.Problem(x.device.type, dtype or x.dtype, batch, m, n, k)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

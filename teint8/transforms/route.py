@@ -1,7 +1,6 @@
 """Routing: a TorchFunctionMode that sees each call of a program and takes over the matmuls that a rule wants in INT8."""
 
 import copy
-import math
 import sys
 import threading
 from collections.abc import Callable
@@ -16,15 +15,26 @@ from teint8.ops.conv_layout import contracted
 from teint8.ops.shared import Shared
 from teint8.policy import Policy, Rule
 from teint8.qtensor import QTensor
-from teint8.transforms import apart, callsite, shapes
+from teint8.transforms import apart, shapes
 from teint8.transforms.calls import HANDLERS, know_transformers
 from teint8.transforms.convolutions import Convolution
+from teint8.transforms.costs import activation_of, exact_product
 from teint8.transforms.operands import Operand
-from teint8.transforms.reasons import autocast_dtype, mode_of, problem_or_none, ran_as_of, why_float, why_float_conv, why_not_grouped
+from teint8.transforms.reasons import (
+    autocast_dtype,
+    kernel_of,
+    mode_of,
+    problem_or_none,
+    ran_as_of,
+    why_float,
+    why_float_conv,
+    why_not_grouped,
+)
 from teint8.transforms.receipt import Receipt
+from teint8.transforms.recording import Recording
 
 
-class Route(TorchFunctionMode):
+class Route(Recording, TorchFunctionMode):
     """Sends matmuls to INT8 by the rules of a policy. Subclasses tell what is a weight (``operand``) and what is cached.
 
     Args:
@@ -172,6 +182,7 @@ class Route(TorchFunctionMode):
             return float_call()
         assert rule is not None and rule.weight is not None
         layout = -3 - axis if weight.transposed else axis
+        whole, channels = weight, rows
         weight = self.packed(weight, layout, rule.weight.granularity)
         value = weight.value if axis == -1 or isinstance(weight.value, QTensor) else weight.value.mT
         cut = None
@@ -182,13 +193,24 @@ class Route(TorchFunctionMode):
         if (self.receipt is not None or self.strict) and not torch.compiler.is_dynamo_compiling():
             ran_as = ran_as_of(x, value, rule, ends is not None)
             self.need_kernel(rule, path, op, x, ran_as)
-            self.record(path, op, x, weight, axis, rows, ran_as, mode_of(rule, ends is not None), "")
+            kernel = kernel_of(ran_as, x, value, rule, ends is not None)
+            fields = self.record(path, op, x, weight, axis, rows, ran_as, mode_of(rule, ends is not None), "", kernel)
+        else:
+            fields = None
         self.replay_in_checkpoints()
         if ends is not None:
             gradient = None if rule.gradient is None else rule.gradient.rounding
             codes = self.weight_codes(weight, value, axis, rule, cut)
-            granularity = rule.weight.granularity
-            return ops.grouped_linear(x, value, ends, weight_granularity=granularity, gradient=gradient, impl=impl, weight_codes=codes)
+            how: dict[str, Any] = {
+                "weight_granularity": rule.weight.granularity,
+                "gradient": gradient,
+                "impl": impl,
+                "weight_codes": codes,
+            }
+            y = ops.grouped_linear(x, value, ends, **how)
+            if fields is not None:
+                self.measure(fields, y, float_call, x, 1, None)
+            return y
         y = ops.linear(
             x,
             value,
@@ -196,7 +218,11 @@ class Route(TorchFunctionMode):
             **self._how(rule, x, impl),
             weight_codes=self.weight_codes(weight, value, axis, rule, cut),
         )
-        return y if cut is None else y[..., cut]
+        y = y if cut is None else y[..., cut]
+        if fields is not None:
+            seen, scale = activation_of(x, rule, weight.value)
+            self.measure(fields, y, lambda: exact_product(x, whole.value, axis, bias, channels), seen, *scale)
+        return y
 
     def convolve(self, call: Convolution, weight: Operand, float_call: Callable[[], Any]) -> Any:
         """A convolution: INT8, or ``float_call``."""
@@ -221,7 +247,10 @@ class Route(TorchFunctionMode):
             problem = problem._replace(batch=batch, m=m, n=n, k=k)
             ran_as = "reference" if impl else "dequantized" if rule.activation is None else ops.select(op, problem).name
             self.need_kernel(rule, path, "conv", x, ran_as)
-            self.record_conv(path, problem, weight, ran_as, mode_of(rule), "")
+            kernel = ops.describe(op, ran_as, problem)
+            fields = self.record_conv(path, problem, weight, ran_as, mode_of(rule), "", kernel, batched)
+        else:
+            fields = None
         self.replay_in_checkpoints()
         y = ops.conv(
             batched,
@@ -231,23 +260,11 @@ class Route(TorchFunctionMode):
             **self._how(rule, x, impl),
             weight_codes=self.kernel_codes(weight, rule, call),
         )
+        if fields is not None:
+            seen = None if rule.activation is None or rule.activation.scale == "static" else batched.movedim(1, -1)
+            whole = 1 if op == "int8_mm" else batched.ndim - 1
+            self.measure(fields, y, lambda: float_call().reshape(y.shape), seen, whole, None)
         return y if batched is x else y.squeeze(0)
-
-    def refuse(self, rule: Rule | None, path: str, op: str, reason: str) -> None:
-        """Raise, in strict mode, for a call that stays float though its rule wants INT8."""
-        if self.strict and rule is not None and rule.weight is not None:
-            raise ValueError(
-                f"strict: {path} ({op}) cannot run in INT8: {reason}. Leave it in float with Rule({path!r}, weight=None) "
-                "before the other rules, or leave strict off"
-            )
-
-    def need_kernel(self, rule: Rule, path: str, op: str, x: Tensor, ran_as: str) -> None:
-        """Raise, in strict mode, for a call that only the reference can run."""
-        if self.strict and ran_as == "reference" and rule.compute == "int8":
-            raise ValueError(
-                f"strict: {path} ({op}) has no INT8 kernel for {x.dtype} on {x.device}: only the plain-torch reference can run it. "
-                "Register one with teint8.ops.register, ask for Rule(compute='simulate'), or leave strict off"
-            )
 
     def _how(self, rule: Rule, x: Tensor, impl: str) -> dict[str, Any]:
         """What a rule says, as ``ops.linear`` and ``ops.conv`` take it."""
@@ -266,39 +283,3 @@ class Route(TorchFunctionMode):
     def kernel_codes(self, weight: Operand, rule: Rule, call: Convolution) -> Any:
         """Codes of a convolution's float weight where they are held already, as ``ops.conv`` takes them."""
         return None
-
-    def record_conv(self, path: str, problem: Any, weight: Operand, ran_as: str, mode: str, reason: str) -> None:
-        """Note one convolution on the receipt: M counts its windows, batch its groups; of one in float only the weight is known."""
-        if self.receipt is None or torch.compiler.is_dynamo_compiling():
-            return
-        n, k = weight.value.shape[0], math.prod(weight.value.shape[1:])
-        sizes = (0, n, k, 1) if problem is None else (problem.m, problem.n, problem.k, problem.batch)
-        self.receipt.add((path, "conv", *map(_torch.number, sizes), ran_as, mode, reason))
-
-    def stays_float(self, weight: Operand, op: str, reason: str) -> None:
-        """Note that a call, of which only the weight is known, stays float; in strict mode raise, where a rule is for it."""
-        path = self.path(weight)
-        rule = self.rule(path, op)
-        if self.strict and rule is not None and rule.weight is not None:
-            raise ValueError(f"strict: {path} ({op}) cannot run in INT8: {reason}. Leave it in float by a rule, or leave strict off")
-        if self.receipt is not None and not torch.compiler.is_dynamo_compiling():
-            n, k = weight.value.shape[-2:]
-            self.receipt.add((path, op, 0, n, k, 1, "float", "", reason))
-
-    def path(self, weight: Operand) -> str:
-        """The weight's path, or its call site; "?" in compiled code, where there is no stack to read."""
-        if weight.path:
-            return weight.path
-        return "?" if _torch.is_compiling() else callsite.line_of_call()
-
-    def record(self, path: str, op: str, x: Any, weight: Operand, axis: int, rows: Any, ran_as: str, mode: str, reason: str) -> None:
-        """Note one call on the receipt."""
-        if self.receipt is None or torch.compiler.is_dynamo_compiling():
-            return
-        shape = weight.value.shape if weight.value.ndim > 1 else (1, *weight.value.shape)
-        swapped = weight.transposed and isinstance(weight.value, QTensor)
-        n, k = shape[-2:] if (axis == -1) != swapped else shape[:-3:-1]
-        n = n if rows is None else len(range(n)[rows])
-        batch = math.prod(shape[:-2])
-        m = x.numel() // max(k, 1) if len(shape) == 2 or x.ndim < 2 else x.shape[-2]
-        self.receipt.add((path, op, *map(_torch.number, (m, n, k, batch)), ran_as, mode, reason))

@@ -67,7 +67,10 @@ def _why_not(rule: Rule | None, table: Any, given: dict[str, Any]) -> str:
 def _note(route: Route, path: str, ids: Any, weight: Any, ran_as: str, reason: str, rule: Rule | None) -> None:
     wanted = rule is not None and rule.weight is not None
     if route.strict and wanted and reason:
-        raise ValueError(f"strict: {path} (embedding) cannot run in INT8: {reason}. Leave it in float by a rule, or leave strict off")
+        raise ValueError(
+            f"strict: {path} (embedding) cannot run in INT8: {reason}. Leave it in float with "
+            f"Rule({path!r}, ops=('embedding',), weight=None) before the other rules, or leave strict off"
+        )
     if route.receipt is None or (_torch.is_compiling() and not wanted) or (not wanted and not isinstance(weight.value, QTensor)):
         return
     rows, features = weight.value.shape[-2:]
