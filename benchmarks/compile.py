@@ -94,6 +94,18 @@ def step(work: str, model: nn.Module, x: torch.Tensor) -> list[dict[str, object]
     return [row(work, name, took, "bf16 compiled", errors[name]) for name in runs]
 
 
+class Residual(nn.Module):
+    """x + f(x): without it the values of a row of MLPs with random weights vanish."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = x + self.inner(x)
+        return y
+
+
 def on_gpu() -> list[dict[str, object]]:
     from block import BATCH, TOKENS, WIDTH, Block
     from mlp import K, N, SwiGLU
@@ -106,7 +118,7 @@ def on_gpu() -> list[dict[str, object]]:
     one = x[:1].detach().clone()
     rows += forward("MLP forward, 1 token, reduce-overhead", model, one, "reduce-overhead")
     # one alone is bound by the host, which replays graphs
-    stack = nn.Sequential(model, *(SwiGLU(K, N) for _ in range(7)))
+    stack = nn.Sequential(*(Residual(SwiGLU(K, N)) for _ in range(8)))
     rows += forward("8 MLPs in a row, 1 token, reduce-overhead", stack, one, "reduce-overhead", most=0.15)
     del model, stack
     block = Block()

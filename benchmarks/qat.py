@@ -60,16 +60,16 @@ def digits() -> Data:
     return x[360:], y[360:], x[:360], y[:360]
 
 
-def trained(make: Any, data: Data, seed: int, epochs: int, int8: bool) -> nn.Module:
-    """The same start, batches and rates, with or without INT8."""
+def trained(make: Any, data: Data, seed: int, epochs: int, int8_from: float) -> nn.Module:
+    """The same start, batches and rates; INT8 from a share of the steps on: 0 for all, 1 for none."""
     torch.manual_seed(seed)
     model, (x, y) = make(), data[:2]
     optimizer = torch.optim.Adam(model.parameters())
     batches = [b for _ in range(epochs) for b in torch.randperm(len(x)).split(128 if len(x) > 5000 else 64)]
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=len(batches))
-    for batch in tqdm(batches, desc=f"{make.__name__}, seed {seed}, {'QAT' if int8 else 'float'}", mininterval=5):
+    for step, batch in enumerate(tqdm(batches, desc=f"{make.__name__}, seed {seed}, INT8 from {int8_from:.0%} on", mininterval=5)):
         optimizer.zero_grad()
-        with teint8.te_int8_autocast(training=True, enabled=int8):
+        with teint8.te_int8_autocast(training=True, enabled=step >= int8_from * len(batches)):
             loss = F.cross_entropy(model(x[batch]), y[batch])
         loss.backward()
         optimizer.step()
@@ -87,12 +87,13 @@ def accuracy(model: nn.Module, data: Data, int8: bool) -> float:
 def rows_of(name: str, make: Any, data: Data, epochs: int) -> list[dict[str, object]]:
     found: list[dict[str, Any]] = []
     for seed in SEEDS:
-        plain, qat = (trained(make, data, seed, epochs, int8) for int8 in (False, True))
+        plain, late, whole = (trained(make, data, seed, epochs, share) for share in (1.0, 0.5, 0.0))
         found.append({"work": name, "seed": seed, "float": accuracy(plain, data, False),
                       "INT8 without QAT": accuracy(plain, data, True),
-                      "INT8 after QAT": accuracy(qat, data, True)})  # fmt: skip
+                      "INT8, QAT in the second half": accuracy(late, data, True),
+                      "INT8, QAT throughout": accuracy(whole, data, True)})  # fmt: skip
         print(found[-1], flush=True)
-    kinds = ("float", "INT8 without QAT", "INT8 after QAT")
+    kinds = [k for k in found[0] if k not in ("work", "seed")]
     return [*found, {"work": name, "seed": "mean", **{k: statistics.mean(r[k] for r in found) for k in kinds}}]
 
 

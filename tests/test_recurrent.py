@@ -164,10 +164,17 @@ def test_laying_weights_out_for_cudnn_is_no_use_of_them() -> None:
 
     class Asks(nn.LSTM):
         def forward(self, x: torch.Tensor, state: object = None) -> object:
-            assert len({w.data_ptr() for w in self._flat_weights}) and self.weight_ih_l0.get_device() == -1
+            weights = [getattr(self, name) for name in self._flat_weights_names]
+            assert len({w.data_ptr() for w in weights}) and self.weight_ih_l0.get_device() == -1
+            if self.lays_out:
+                torch._cudnn_rnn_flatten_weight(weights, 4, 12, 2, 20, 0, 1, False, False)
             return super().forward(x, state)
 
     layer, xs = Asks(12, 20), torch.randn(3, 5, 12)
+    layer.lays_out = False
     qfn, params = teint8.quantize(layer, STEPS), dict(layer.named_parameters())
     packed = teint8.pack(qfn, params, xs)
     assert isinstance(packed["weight_ih_l0"], teint8.QTensor) and isinstance(packed["weight_hh_l0"], teint8.QTensor)
+    want = _all(qfn(params, xs))
+    layer.lays_out = True  # cuDNN is not asked to do that with codes
+    assert [different(a, b) for a, b in zip(_all(qfn(packed, xs)), want, strict=True)] == [0] * 3

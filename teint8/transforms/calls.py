@@ -12,6 +12,7 @@ from torch import Tensor
 
 from teint8 import _torch
 from teint8.ops.attention import math_attention
+from teint8.qtensor import QTensor
 from teint8.transforms import attend, attention, convolutions, products, recurrent, shapes, tables
 from teint8.transforms.operands import Operand
 from teint8.transforms.recurrent import CELLS
@@ -228,8 +229,9 @@ def _cell(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _layout(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
-    """Weights of a recurrent layer are laid out for cuDNN, which is no use of them."""
-    return func(*args, **kwargs)
+    """Weights of a recurrent layer are laid out for cuDNN, which is no use of them; codes stay where they are."""
+    packed = [w for w in args[0] if isinstance((route.operand(w) or Operand(w)).value, QTensor)]
+    return None if packed else func(*args, **kwargs)
 
 
 def _data(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
