@@ -98,8 +98,10 @@ class te_int8_autocast(Route):
         # a path depends on the outermost module: it is looked up anew in each context only where rules depend on it
         self._paths_matter = any(rule.path != "*" for rule in self.policy.rules)
         self._paths: Any = WeakTensorKeyDictionary() if self._paths_matter else None
-        self.shared = Shared() if training else None
-        self._quick: dict[int, Quick] | None = None if training or self._paths_matter else {}
+        # codes of norms wait in inference too, where a rule asks for it; the short ways below quantize for themselves
+        waits = any("norm" in rule.ops for rule in self.policy.rules)
+        self.shared = Shared() if training or waits else None
+        self._quick: dict[int, Quick] | None = None if training or self._paths_matter or waits else {}
         self._weight_codes: Any = None  # in training, by weight, until the context ends; made late, for Dynamo traces this
 
     def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -157,7 +159,9 @@ class te_int8_autocast(Route):
     def multiply(
         self, op: str, x: Any, weight: Operand, axis: int, bias: Any, float_call: Any, rows: Any = None, ends: Any = None
     ) -> Any:
-        lean = ends is None and weight.held is not None and axis == -1 and rows is None and not self.training and _is_inference(x, bias)
+        lean = (
+            ends is None and weight.held is not None and axis == -1 and rows is None and self.shared is None and _is_inference(x, bias)
+        )
         if not lean or self._policy is None or weight.transposed or self._paths_matter or weight.held[0].is_inference():
             return super().multiply(op, x, weight, axis, bias, float_call, rows, ends)
         owner, held = weight.held

@@ -3,11 +3,12 @@
 import dataclasses
 from typing import Any, Literal
 
-OPS = ("linear", "matmul", "activation_matmul", "conv", "embedding", "recurrent", "attention")
+OPS = ("linear", "matmul", "activation_matmul", "conv", "embedding", "recurrent", "attention", "norm")
 """Names a rule may give in ``ops``: ``linear`` (F.linear and the projections of attention), ``matmul`` (torch.matmul, mm, bmm,
 addmm, baddbmm with a weight operand), ``activation_matmul`` (the same between two activations), ``conv`` (F.conv1d to conv3d and the
 transposed ones); and, only where a rule names them, ``embedding`` (F.embedding and embedding_bag), ``recurrent`` (nn.LSTM, nn.GRU and
-nn.RNN, step by step) and ``attention`` (F.scaled_dot_product_attention, also that of nn.MultiheadAttention)."""
+nn.RNN, step by step), ``attention`` (F.scaled_dot_product_attention, also that of nn.MultiheadAttention) and ``norm`` (F.layer_norm
+and F.rms_norm in teint8's form, the same bits on every device, whose codes are made in the same kernel and wait for the linear)."""
 
 
 def _one_of(owner: str, field: str, value: object, allowed: tuple[object, ...]) -> None:
@@ -57,7 +58,7 @@ class Rule:
             run of characters, dots included.
         ops: names from ``teint8.policy.OPS``; activations are multiplied with each other in INT8 only by a rule that names
             "activation_matmul"; tables, whole recurrent layers and attention's own products are INT8 only by one that names
-            "embedding", "recurrent" or "attention" (whose path is "file.py:line" of the call).
+            "embedding", "recurrent", "attention" (whose path is "file.py:line" of the call) or "norm".
         weight: Quant of the weight, or None to leave the call in float.
         activation: Quant of the activation, or None for a float activation (W8A16).
         gradient: Quant of the output's gradient for an INT8 backward, or None for a float backward.

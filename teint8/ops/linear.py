@@ -273,7 +273,8 @@ def linear(
         w = None
         codes = wq, ws = packed.rows()
         _check(x, wq, packed.dtype, bias, dtype)
-    if activation == "row" and not static and not impl and not differentiates(x, w, bias):  # type: ignore[arg-type]
+    waits = shared is not None and shared.holds(x, (False, wq.ndim > 2, impl))  # of a norm, or of another linear
+    if activation == "row" and not static and not impl and not waits and not differentiates(x, w, bias):  # type: ignore[arg-type]
         fused = fused_linear(x, wq, ws, bias, dtype or x.dtype)
         if fused is not None:
             return fused

@@ -195,6 +195,15 @@ def norm(
     return y.reshape(x.shape)
 
 
+def norm_and_codes(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, kind: str, eps: float
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """``norm`` of x (..., K), which is not empty, and codes and scales of its rows (M, K) and (M,), of one kernel; no derivative."""
+    _check(x, weight, bias, None, kind)
+    y, codes, scale = _raw(x.reshape(-1, x.shape[-1]), None, weight, bias, kind, eps, True, True, "")
+    return y.reshape(x.shape), (codes, scale)
+
+
 def norm_linear(
     x: Tensor,
     norm_weight: Tensor | None,

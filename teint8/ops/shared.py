@@ -56,6 +56,10 @@ class Shared:
         self._entries = (_Entry(weakref.ref(x), place, how, made), *alive[: _LIMIT - 1])
         return made
 
+    def holds(self, x: Tensor, how: tuple[Any, ...]) -> bool:
+        """Whether ``codes`` would find those of x that were made in this way; what is found is only looked at there."""
+        return any(entry.tensor() is x and entry.how == how for entry in self._entries)
+
     def forget(self, x: Tensor) -> None:
         """Keep no codes of x any more: it has an alias whose edits leave no version (``x.data``)."""
         self._entries = tuple(entry for entry in self._entries if entry.tensor() is not x)

@@ -13,7 +13,7 @@ from torch import Tensor
 from teint8 import _torch
 from teint8.ops.attention import math_attention
 from teint8.qtensor import QTensor
-from teint8.transforms import attend, attention, convolutions, products, recurrent, shapes, tables
+from teint8.transforms import attend, attention, convolutions, norms, products, recurrent, shapes, tables
 from teint8.transforms.operands import Operand
 from teint8.transforms.recurrent import CELLS
 
@@ -148,8 +148,7 @@ def _encoder_layer(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
         return _linear(route, F.linear, (F.gelu(h) if gelu else F.relu(h), w2, c2), {})
 
     def norm(x: Tensor, g: Tensor, b: Tensor) -> Tensor:
-        g, b = route.plain((g, b))
-        return F.layer_norm(x, (width,), g, b, eps)
+        return norms.normalize(route, F.layer_norm, (x, (width,), g, b, eps), {})  # type: ignore[no-any-return]
 
     if norm_first:
         x = x + attend(norm(x, g1, b1))
@@ -315,6 +314,7 @@ HANDLERS: dict[Any, Callable[[Route, Any, Any, Any], Any]] = {
     Tensor.inner: products.inner,
     **dict.fromkeys(CELLS, _cell),
     **dict.fromkeys(recurrent.LAYERS, _recurrent),
+    **dict.fromkeys((F.layer_norm, F.rms_norm), norms.normalize),
     F.bilinear: products.bilinear,
     **dict.fromkeys(_FLOAT_CONVOLUTIONS, _convolution),
     **dict.fromkeys(tables.FUNCTIONS, _table),

@@ -103,6 +103,15 @@ class Route(Recording, TorchFunctionMode):
         if self.shared is not None:
             self.shared.forget(t)
 
+    def keeps_codes(self) -> bool:
+        """Whether codes of a norm's output can wait for the linear that follows."""
+        return self.shared is not None
+
+    def keep_codes(self, y: Tensor, codes: tuple[Tensor, Tensor]) -> None:
+        """Let the linears of y take its codes (M, K) and scales (M,)."""
+        if self.shared is not None:
+            self.shared.codes(y, (False, False, ""), lambda: codes)
+
     def plain(self, args: Any) -> Any:
         """The arguments of a call that stays float, without packed weights."""
         return args
