@@ -5,7 +5,7 @@ from teint8._version import __version__
 from teint8.autocast import te_int8_autocast
 from teint8.policy import Policy, Quant, Rule
 from teint8.qtensor import QTensor
-from teint8.transforms import Comparison, Receipt, Record, compare, correct_bias, explain, pack, quantize, unpack
+from teint8.transforms import Comparison, Receipt, Record, compare, correct_bias, explain, fold_batchnorm, pack, quantize, unpack
 
 __all__ = [
     "Comparison",
@@ -19,6 +19,7 @@ __all__ = [
     "compare",
     "correct_bias",
     "explain",
+    "fold_batchnorm",
     "numerics",
     "ops",
     "pack",

@@ -25,7 +25,7 @@ _SHAPES = {
 }  # fmt: skip
 
 
-def _looks(func: Any) -> bool:
+def looks(func: Any) -> bool:
     """Whether a call looks at a tensor without its values: codes answer it as the weight does, but for its dtype."""
     return func in _SHAPES or (getattr(func, "__name__", "") == "__get__" and func not in _VALUES)
 
@@ -70,7 +70,7 @@ class BoundRoute(Route):
                 value = first.value if isinstance(first.value, QTensor) else result
                 self.known[result] = Operand(value, first.path, not first.transposed, first.held)
                 return result
-        if not self.packed_leaves or (first is not None and _looks(func)):
+        if not self.packed_leaves or (first is not None and looks(func)):
             packed = first is not None and isinstance(first.value, QTensor)
             # method wrappers are made anew at each access: they are equal, not the same
             return first.value.dtype if packed and func == _DTYPE else func(*args, **kwargs)  # type: ignore[union-attr]
