@@ -254,9 +254,9 @@ class te_int8_autocast(Route):
             return None
         columns = rule.gradient is not None and differentiates(owner)
         if _torch.is_capturing(owner):  # a CUDA graph quantizes the weight at each replay
-            return weight_codes_of(owner, rule.weight.granularity, columns)
-        place = (*held.place(owner), rule.weight.granularity, columns, _torch.stream_of(owner.device))
-        granularity = rule.weight.granularity
+            return weight_codes_of(owner, rule.weight.grouping, columns)
+        place = (*held.place(owner), rule.weight.grouping, columns, _torch.stream_of(owner.device))
+        granularity = rule.weight.grouping
         return self._codes_of(owner, place, lambda: weight_codes_of(owner, granularity, columns))
 
     def aliased(self, t: Tensor) -> None:
@@ -275,7 +275,7 @@ class te_int8_autocast(Route):
         usable = rule.compute == "int8" and _torch.no_dispatch_modes() and not owner.is_inference()
         if not usable or _torch.is_capturing(owner):
             return None
-        granularity, groups = rule.weight.granularity, call.groups
+        granularity, groups = rule.weight.grouping, call.groups
         place = (*held.place(owner), granularity, call.transposed, groups, _torch.stream_of(owner.device))
         return self._codes_of(owner, place, lambda: kernel_codes(owner, granularity, call.transposed, groups))
 

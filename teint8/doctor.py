@@ -35,7 +35,7 @@ def _report(op: str, implementation: registry.Implementation, device: str) -> bo
     """Print one line; whether the implementation broke the contract."""
     if implementation.device not in ("", device):
         return False
-    extra = {"conv": (1, 65), "attention": (33,)}.get(op, ())
+    extra = {"conv": (1, 65), "attention": (33,), "block_mm": (32,)}.get(op, ())
     problem = registry.Problem(device, torch.float32, 1, 2 if op == "mlp" else 33, 17, 65, extra)
     reason = registry.why_not(implementation, problem)
     wrong = 0 if reason else _different(op, implementation, device)
@@ -76,6 +76,7 @@ def _arguments(op: str, device: str) -> tuple[Any, ...]:
         "conv": (xq.view(1, 33, 65), xs[:1, None], wq.view(17, 1, 65), ws, bias, Window((1,), (0, 0), (1,)), x.dtype),
         "quantize_channels": (x[None],),
         "attention": (*(t[None, None] for t in (xq, xs, wq, ws, *ops.quantize(u[:, :17], impl="reference"))), None, True, 0.1, x.dtype),
+        "block_mm": (xq, xs[:, None].expand(-1, 3), wq, ws[:, None].expand(-1, 3), bias, 32, x.dtype),
         "norm": (x, u, u[0], None, "rms", 1e-5, True, True),
     }[op]
 

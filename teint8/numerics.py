@@ -135,6 +135,49 @@ def int8_mm(
     return (y if bias is None else y + bias.float().unsqueeze(-2)).to(dtype)
 
 
+BLOCKS = (32, 64, 128)
+"""Sizes of blocks along K that may share a scale."""
+
+
+def block_of(grouping: str) -> int:
+    """The size of blocks that a granularity names ("block64"), or 0."""
+    return int(grouping.removeprefix("block")) if grouping.startswith("block") else 0
+
+
+def by_block(x: Tensor, block: int) -> Tensor:
+    """x (M, K) as the rows of its blocks (M * ceil(K / block), block), the last of each padded with zeros."""
+    k = x.shape[-1]
+    padded = x if k % block == 0 else torch.nn.functional.pad(x, (0, -k % block))
+    return padded.reshape(-1, block)
+
+
+def int8_block_mm(
+    x_codes: Tensor,
+    x_scale: Tensor,
+    w_codes: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    block: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """``sum over blocks b, in order, of ((x_b @ w_b^T) * w_scale_b) * x_scale_b (+ bias)``.
+
+    Each sum of codes is exact, each operation after it rounded once to float32.
+
+    Args:
+        x_codes: int8 (M, K). x_scale: float32 (M, ceil(K / block)).
+        w_codes: int8 (N, K). w_scale: float32 (N, ceil(K / block)).
+        bias: (N,), any float dtype, or None. block: values that share a scale. dtype: of the result (M, N).
+
+    """
+    y = torch.zeros((x_codes.shape[0], w_codes.shape[0]), dtype=torch.float32, device=x_codes.device)
+    for b in range(x_scale.shape[1]):
+        part = slice(b * block, (b + 1) * block)
+        acc = (x_codes[:, part].double() @ w_codes[:, part].double().mT).long().float()
+        y = y + (acc * w_scale[:, b]) * x_scale[:, b].unsqueeze(-1)
+    return (y if bias is None else y + bias.float()).to(dtype)
+
+
 _MASK = 0xFFFFFFFF
 
 

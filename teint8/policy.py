@@ -22,10 +22,12 @@ class Quant:
 
     Attributes:
         granularity: "row" gives a scale to each token of an activation (in a convolution each sample), each output channel of a
-            weight; "tensor" gives one scale to the whole operand.
+            weight; "tensor" gives one scale to the whole operand; "block" gives one to each ``block`` values of a row along K, for
+            linears and matmuls by a weight of two dimensions.
         scale: "dynamic" takes it from the values at hand; "static" from the packed weight
             (``QTensor.with_activation_scale``), for activations only.
         rounding: "nearest" (ties to even) or "stochastic" (unbiased, for gradients only).
+        block: 32, 64 or 128, for granularity="block".
 
     Raises:
         ValueError: a value that is not one of these.
@@ -36,12 +38,19 @@ class Quant:
 
     """
 
-    granularity: Literal["row", "tensor"] = "row"
+    granularity: Literal["row", "tensor", "block"] = "row"
     scale: Literal["dynamic", "static"] = "dynamic"
     rounding: Literal["nearest", "stochastic"] = "nearest"
+    block: int = 128
+
+    @property
+    def grouping(self) -> str:
+        """The granularity in one word: "row", "tensor", "block32", "block64" or "block128"."""
+        return f"block{self.block}" if self.granularity == "block" else self.granularity
 
     def __post_init__(self) -> None:
-        _one_of("Quant", "granularity", self.granularity, ("row", "tensor"))
+        _one_of("Quant", "granularity", self.granularity, ("row", "tensor", "block"))
+        _one_of("Quant", "block", self.block, (32, 64, 128))
         _one_of("Quant", "scale", self.scale, ("dynamic", "static"))
         _one_of("Quant", "rounding", self.rounding, ("nearest", "stochastic"))
 
@@ -96,6 +105,7 @@ class Rule:
         _one_of("Rule", "wgrad", self.wgrad, ("int8", "float"))
         _one_of("Rule", "compute", self.compute, ("int8", "simulate"))
         self._check_combination()
+        self._check_blocks()
 
     def _check_combination(self) -> None:
         for field, value in (("weight", self.weight), ("gradient", self.gradient)):
@@ -104,10 +114,24 @@ class Rule:
         for field, value in (("weight", self.weight), ("activation", self.activation)):
             if value is not None and value.rounding == "stochastic":
                 raise ValueError(f"Rule: {field}=Quant(rounding='stochastic') would break train = serve; only gradients are rounded so")
-        if self.gradient is not None and self.gradient.granularity != "row":
-            raise ValueError(f"Rule: gradient={self.gradient!r}; gradients are quantized by row: Quant(granularity='row')")
+        if self.gradient is not None and self.gradient.granularity == "tensor":
+            raise ValueError(f"Rule: gradient={self.gradient!r}; gradients are quantized by row or block: Quant(granularity='row')")
         if self.gradient is not None and self.activation is None:
             raise ValueError("Rule: gradient is given but activation is None; an INT8 backward needs INT8 activations")
+
+    def _check_blocks(self) -> None:
+        blocks = {q.block for q in (self.weight, self.activation, self.gradient) if q is not None and q.granularity == "block"}
+        if len(blocks) > 1:
+            raise ValueError(f"Rule: blocks of {' and '.join(map(str, sorted(blocks)))} values; one size is needed for all operands")
+        if self.gradient is not None and self.gradient.granularity == "block" and not self._has_blocks():
+            raise ValueError("Rule: gradient is by block, but neither weight nor activation is; give one of them the same blocks")
+        if self.gradient is not None and self.gradient.rounding == "stochastic" and self._has_blocks():
+            raise ValueError("Rule: stochastic rounding has no blocks; use Quant(granularity='row', rounding='stochastic'), or nearest")
+        if self.activation is not None and self.activation.granularity == "block" and self.activation.scale == "static":
+            raise ValueError("Rule: activation=Quant('block', 'static') has no meaning; a static scale is one for all")
+
+    def _has_blocks(self) -> bool:
+        return any(quant is not None and quant.granularity == "block" for quant in (self.weight, self.activation))
 
     def matches(self, path: str, op: str) -> bool:
         """Whether this rule is for ``op`` on the weight at ``path``."""

@@ -1,6 +1,7 @@
 """QTensor: a weight as INT8 codes and float32 scales."""
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -18,7 +19,8 @@ class QTensor:
 
     Attributes:
         codes: int8, in the shape of the weight.
-        scale: float32, that shape with size 1 along ``axis`` (a scale for each output channel).
+        scale: float32, that shape with size 1 along ``axis`` (a scale for each output channel), or ceil(K / block) for blocks of
+            32, 64 or 128 along it.
         activation_scale: None, or a float32 tensor of one element: the static scale of the activation that meets this weight.
         dtype: the float dtype that the weight had and that ``dequantize`` returns.
         axis: -1 for a weight (..., N, K) as in ``nn.Linear``, -2 for (..., K, N) as in ``x @ w``: the contracted dimension; a tuple
@@ -69,11 +71,27 @@ class QTensor:
         want = list(self.codes.shape)
         for axis in axes:
             want[axis] = 1
-        if list(self.scale.shape) != want:
+        if list(self.scale.shape) != want and not self._fits_blocks(want):
             raise ValueError(
                 f"QTensor: scale has shape {tuple(self.scale.shape)} but codes have {tuple(self.codes.shape)} "
                 f"with axis {self.axis}; a scale of shape {tuple(want)} is needed"
             )
+
+    def _fits_blocks(self, want: list[int]) -> bool:
+        """Whether the scale is by block."""
+        if not isinstance(self.axis, int) or self.scale.ndim != len(want):
+            return False
+        found, k = list(self.scale.shape), self.codes.shape[self.axis]
+        count, found[self.axis] = found[self.axis], 1
+        return found == want and count in [-(-k // block) for block in numerics.BLOCKS]
+
+    @property
+    def block(self) -> int:
+        """How many values along ``axis`` share a scale; 0 where all of a row do."""
+        if not isinstance(self.axis, int) or self.scale.shape[self.axis] == 1:
+            return 0
+        k, count = self.codes.shape[self.axis], self.scale.shape[self.axis]
+        return next(block for block in numerics.BLOCKS if -(-k // block) == count)
 
     @classmethod
     def quantize(cls, weight: Tensor, *, axis: int | tuple[int, ...] = -1, granularity: str = "row") -> "QTensor":
@@ -82,7 +100,8 @@ class QTensor:
         Args:
             weight: (..., N, K) with axis -1 or (..., K, N) with axis -2, any float dtype; or of a convolution.
             axis: the contracted dimension, or those of a convolution: (-3, -2, -1) for (N, C, H, W).
-            granularity: "row" for a scale for each output channel, "tensor" for one in all.
+            granularity: "row" for a scale for each output channel, "tensor" for one in all, "block32", "block64" or "block128" for one
+                for so many values of a channel.
 
         """
         if not weight.is_floating_point():
@@ -93,6 +112,11 @@ class QTensor:
             raise ValueError(f"QTensor.quantize: axis is {axis!r}; -1, -2, or of a convolution a tuple such as (-3, -2, -1) are needed")
         rows = weight if axis == -1 else weight.mT
         shape = rows.shape
+        block = numerics.block_of(granularity)
+        if block:
+            codes, scale = numerics.quantize(numerics.by_block(rows.reshape(-1, shape[-1]), block))
+            codes = codes.view(math.prod(shape[:-1]), -1)[:, : shape[-1]]
+            return cls.from_rows(codes.reshape(shape), scale.view(*shape[:-1], -1), weight.dtype, axis)
         flat = rows.reshape(-1, shape[-1]) if granularity == "row" else rows.reshape(-1, shape[-2] * shape[-1])
         codes, scale = numerics.quantize(flat)
         scale = scale.reshape(*shape[:-1], 1) if granularity == "row" else scale.reshape(*shape[:-2], 1, 1)
@@ -110,20 +134,25 @@ class QTensor:
 
     @classmethod
     def from_rows(cls, codes: Tensor, scale: Tensor, dtype: torch.dtype, axis: int) -> "QTensor":
-        """From codes (..., N, K) and scale (..., N, 1), whatever ``axis`` the weight itself has."""
+        """From codes (..., N, K) and scale (..., N, 1 or blocks), whatever ``axis`` the weight itself has."""
         return cls(codes, scale, None, dtype, -1) if axis == -1 else cls(codes.mT, scale.mT, None, dtype, -2)
 
     def rows(self) -> tuple[Tensor, Tensor]:
         """Codes (..., N, K) and scales (..., N), the contracted dimension last; not of a convolution's weight."""
         if self.axis not in (-1, -2):
             raise ValueError(f"QTensor.rows: {self!r} is the weight of a convolution, which has no rows")
+        if self.block:
+            raise ValueError(f"QTensor.rows: {self!r} has a scale for each {self.block} values of a row; linear takes it, or unpack it")
         if self.axis == -1:
             return self.codes, self.scale.squeeze(-1)
         return self.codes.mT, self.scale.squeeze(-2)
 
     def dequantize(self) -> Tensor:
         """The weight as floats: ``codes * scale`` in float32, cast to ``dtype``."""
-        return (self.codes.float() * self.scale).to(self.dtype)
+        scale = self.scale
+        if self.block and isinstance(self.axis, int):
+            scale = scale.repeat_interleave(self.block, self.axis).narrow(self.axis, 0, self.codes.shape[self.axis])
+        return (self.codes.float() * scale).to(self.dtype)
 
     def with_activation_scale(self, scale: float | Tensor) -> "QTensor":
         """The same weight, with the static scale of the activation that meets it (``absmax / 127`` of calibration data).

@@ -3,6 +3,7 @@
 Triton needs no GPU to compile: registers, spills and shared memory of each configuration in the tables are read off the binary.
 """
 
+import itertools
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from triton.compiler import ASTSource
 from teint8.kernels import (
     activation_rows,
     attention,
+    block_mm,
     conv,
     dequantize,
     finish,
@@ -178,6 +180,10 @@ def kernels(arch: int) -> None:
         b = weight_only.blocks_of(m, n, arch // 10)
         rows = dict(BIAS=True, EVEN_K=True, BLOCK_M=m, BLOCK_N=b.block_n, BLOCK_K=b.block_k)
         core(f"weight_only {m} {n}", arch, weight_only._weight_only_kernel, rows, num_warps=4, num_stages=b.stages)
+    for m, block in itertools.product((16, 128, 4096), (32, 64, 128)):
+        t = block_mm.config_of(m)
+        how = dict(HAS_BIAS=True, EVEN_K=True, BLOCK_M=t.block_m, BLOCK_N=t.block_n, BLOCK_K=block, GROUP=8)
+        core(f"block_mm {m} {block}", arch, block_mm._block_mm_kernel, how, {"x_ptr": "*i8"}, num_warps=t.warps, num_stages=t.stages)
     core("tops", arch, quantize_long._tops_kernel, dict(BLOCK=4096, SPAN=4), num_warps=8)
     core("known", arch, quantize_long._known_kernel, dict(BLOCK=4096), num_warps=4)
     core("finish", arch, finish._finish_kernel, dict(PARTS=2, BIAS=True, BLOCK=512), num_warps=2)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import teint8
-from teint8 import Policy
+from teint8 import Policy, te_int8_autocast
 from teint8.ops.attention import math_attention
 
 OPTIONS = [
@@ -110,3 +110,22 @@ def test_dropout_draws_as_torch_does() -> None:
     want = mha(x, x, x)[0]
     torch.manual_seed(1)
     assert torch.equal(teint8.quantize(mha, Policy())(dict(mha.named_parameters()), x, x, x)[0], want)
+
+
+@pytest.mark.parametrize("policy", [Policy.qat(), Policy.training()], ids=["qat", "training"])
+@pytest.mark.parametrize("shared", [False, True])
+def test_attention_to_others_in_a_context_for_training(policy: Policy, shared: bool) -> None:
+    """Of one weight that holds three projections q takes a part and k and v another: codes held of the whole are not theirs."""
+    model, x = nn.MultiheadAttention(16, 4, batch_first=True), torch.randn(2, 5, 16)
+    key = torch.randn(2, 7, 16)
+    args = (x, key, key if shared else torch.randn(2, 7, 16))
+    qfn, params = teint8.quantize(model, policy), {k: v.detach() for k, v in model.named_parameters()}
+    want = qfn(params, *args, need_weights=False)[0]
+    with te_int8_autocast(policy=policy):
+        for _ in range(2):
+            y = model(*args, need_weights=False)[0]
+            assert torch.equal(y, want)
+    y.square().sum().backward()
+    grads = torch.func.grad(lambda p: qfn(p, *args, need_weights=False)[0].square().sum())(params)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, grads[name], rtol=1e-4, atol=1e-4)

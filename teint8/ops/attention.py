@@ -11,35 +11,7 @@ from teint8 import _torch
 from teint8.ops.linear import differentiates
 from teint8.ops.raw import quantize
 from teint8.ops.raw_attention import int8_attention
-from teint8.ops.straight import hat
-
-
-class _Moved(torch.autograd.Function):
-    """Values of one tensor, derivatives of another."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(value: Tensor, moving: Tensor) -> Tensor:
-        return value.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
-        return None, g
-
-    @staticmethod
-    def jvp(ctx: Any, _: Any, moving: Tensor) -> Tensor:  # type: ignore[override]
-        return moving.clone()
-
-
-@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]  # as for the linear: Dynamo must not trace the Function
-def _moved(value: Tensor, moving: Tensor) -> Tensor:
-    y: Tensor = _Moved.apply(value, moving)
-    return y
+from teint8.ops.straight import hat, moved
 
 
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
@@ -106,8 +78,8 @@ def attention(
     hats = (_hat(query, *q), _hat(key, *k), _hat(value.mT, *v).mT)
     how: dict[str, Any] = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
     form: Any = math_attention if (is_causal and attn_mask is not None) or _torch.needs_math_attention(query.device.type) else _fused
-    moved: Tensor = _moved(y, form(*hats, None if floats is None else floats.to(query.dtype), **how).to(dtype))
-    return moved
+    result: Tensor = moved(y, form(*hats, None if floats is None else floats.to(query.dtype), **how).to(dtype))
+    return result
 
 
 def _of_four(mask: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -90,6 +90,19 @@ def _conv(*args: Any) -> Tensor:
     return conv.conv(*args)
 
 
+def _block_mm(*args: Any) -> Tensor:
+    from teint8.kernels import block_mm
+
+    return block_mm.block_mm(*args)
+
+
+def _describe_block(problem: Problem) -> str:
+    from teint8.kernels import block_mm
+
+    c = block_mm.config_of(problem.m)
+    return f"{c.block_m}x{c.block_n}x{problem.extra[0]}, {c.warps} warps, {c.stages} stages"
+
+
 def _attention(*args: Any) -> Tensor:
     from teint8.kernels import attention
 
@@ -407,6 +420,8 @@ def register_all() -> None:
     register("conv", "triton-interpreter", _conv, device="cpu", priority=-1, why_not=_conv_why_not)
     register("attention", "triton", _attention, device="cuda", priority=20, why_not=_attention_why_not, describe=_describe_attention)
     register("attention", "triton-interpreter", _attention, device="cpu", priority=-1, why_not=_attention_why_not)
+    register("block_mm", "triton", _block_mm, device="cuda", priority=20, why_not=_why_not, describe=_describe_block)
+    register("block_mm", "triton-interpreter", _block_mm, device="cpu", priority=-1, why_not=_why_not)
     register("norm", "triton", _norm, device="cuda", priority=20, why_not=_norm_why_not)
     register("norm", "triton-interpreter", _norm, device="cpu", priority=-1, why_not=_norm_why_not)
     register("linear", "triton", _linear, device="cuda", priority=20, why_not=_why_not)

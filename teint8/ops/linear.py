@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from teint8 import _torch, numerics
+from teint8.ops.blocks import block_linear, has_blocks
 from teint8.ops.raw import dequantize, fused_linear, int8_mm, quantize, weight_only_mm
+from teint8.ops.raw_blocks import quantize_blocks
 from teint8.ops.raw_both import quantize_both
 from teint8.ops.shared import Shared
 from teint8.ops.straight import finished, hat, unclipped
@@ -196,6 +198,8 @@ def _activation_codes(x: Tensor, activation: str, scale: Tensor | None, columns:
 def weight_codes_of(w: Tensor, granularity: str, columns: bool, impl: str = "") -> tuple[Tensor, ...]:
     """Codes and scales of a float weight (..., N, K) by output channel; with columns, by input channel too, transposed, for dX."""
     w = w.detach()
+    if numerics.block_of(granularity):
+        return quantize_blocks(w, numerics.block_of(granularity), impl)
     if granularity == "tensor":
         rows = quantize(w, group_dims=2, impl=impl)
         return (*rows, *quantize(w.mT, impl=impl)) if columns else rows
@@ -223,6 +227,7 @@ def linear(
     activation: str | None = "row",
     static: bool = False,
     gradient: str | None = None,
+    gradient_granularity: str = "row",
     wgrad: str = "int8",
     impl: str = "",
     dtype: torch.dtype | None = None,
@@ -238,10 +243,12 @@ def linear(
         x: (..., K), float32, bfloat16, float16 or float64, any strides.
         weight: (N, K) of that dtype, or its QTensor; (B, N, K) with x (B, M, K) is a batch of linears.
         bias: (N), or (B, N) with a batched weight, or None.
-        weight_granularity: "row" or "tensor", for a float weight.
-        activation: "row" for a scale a token, "tensor" for one in all, None for a float activation (W8A16).
+        weight_granularity: "row" or "tensor", for a float weight; or "block32", "block64", "block128": a scale for so many values
+            along K, for a weight (N, K) (``numerics.int8_block_mm``).
+        activation: "row" for a scale a token, "tensor" for one in all, "block32" and the like, None for a float activation (W8A16).
         static: take the activation's scale from ``weight.activation_scale`` (a QTensor's).
         gradient: None for a float backward, "nearest" or "stochastic" for an INT8 one.
+        gradient_granularity: "row", or that of the blocks of the operands.
         wgrad: "int8" or "float" for dW, where gradient is given.
         impl: name of an implementation, "reference" for plain torch; "" for the best.
         dtype: of the result; that of x unless given (torch.autocast gives it).
@@ -262,6 +269,10 @@ def linear(
         tensor([[11.0157]])
 
     """
+    if has_blocks(weight, weight_granularity, activation):
+        return _by_block(
+            x, weight, bias, weight_granularity, activation, gradient, gradient_granularity, wgrad, impl, dtype, weight_codes
+        )
     packed = weight if isinstance(weight, QTensor) else None
     scale = _activation_scale(packed) if static else None
     if packed is None:
@@ -286,6 +297,20 @@ def linear(
         x_codes = shared.codes(x, how, lambda: _activation_codes(flat.detach(), "row", None, columns, impl))
     y: Tensor = _linear(flat, w, bias, x_codes, codes, activation or "", scale, gradient or "", wgrad, impl, dtype or x.dtype)
     return y if wq.ndim > 2 else y.reshape(*x.shape[:-1], wq.shape[-2])
+
+
+def _by_block(
+    x: Tensor, weight: Tensor | QTensor, bias: Any, weight_granularity: str, activation: Any, gradient: Any, gradient_granularity: str,
+    wgrad: str, impl: str, dtype: Any, weight_codes: Any,
+) -> Tensor:  # fmt: skip
+    shape: Any = weight
+    if isinstance(weight, QTensor):
+        shape = weight.codes.mT if weight.axis == -2 else weight.codes
+    _check(x, shape, weight.dtype, bias, dtype)
+    if gradient == "stochastic":
+        raise ValueError("linear: gradient is 'stochastic', which has no blocks; 'nearest' is needed")
+    how = gradient_granularity if gradient else ""
+    return block_linear(x, weight, bias, weight_granularity, activation, how, wgrad, impl, dtype or x.dtype, weight_codes)
 
 
 def _activation_scale(weight: QTensor | None) -> Tensor:

@@ -31,6 +31,8 @@ Ops and what their implementations are called with (always these shapes; broadca
               m is B, n is P, k is C.
 ``attention``  ``run(q (B, H, M, D), qs (B, H, M), k (B, G, S, D), ks (B, G, S), v (B, G, E, S), vs (B, G, E), mask | None, causal,
               scale, dtype) -> (B, H, M, E)``: as ``attentions.value``; m counts rows, n keys, k is D, batch B * H, extra (E,).
+``block_mm``  ``run(xq (M, K), xs (M, B), wq (N, K), ws (N, B), bias (N,) | None, block, dtype) -> (M, N)``: as
+              ``numerics.int8_block_mm``; extra is (block,).
 
 No size is 0: empty problems are answered before an implementation is looked for.
 """
@@ -55,6 +57,7 @@ OPS = (
     "conv",
     "quantize_channels",
     "attention",
+    "block_mm",
 )
 
 

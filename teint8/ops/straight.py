@@ -42,6 +42,35 @@ class _NoSecondDerivative(torch.autograd.Function):
         )
 
 
+class _Moved(torch.autograd.Function):
+    """Values of one tensor, derivatives of another."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(value: Tensor, moving: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+        return None, g
+
+    @staticmethod
+    def jvp(ctx: Any, _: Any, moving: Tensor) -> Tensor:  # type: ignore[override]
+        return moving.clone()
+
+
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]  # as for the linear: Dynamo must not trace the Function
+def moved(value: Tensor, moving: Tensor) -> Tensor:
+    """``value``, with the derivatives of ``moving``."""
+    y: Tensor = _Moved.apply(value, moving)
+    return y
+
+
 def hat(x: Tensor | None, codes: Any, scale: Any, clipped: Tensor | None, dtype: torch.dtype) -> Tensor:
     """``x_hat`` in ``dtype``: it moves with ``x`` where x is given; x itself where there are no codes.
 

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from teint8 import numerics
 from teint8.policy import Rule
 from teint8.qtensor import QTensor
 
@@ -28,6 +29,8 @@ def activation_of(x: Tensor, rule: Rule, weight: Any) -> tuple[Tensor | None, tu
     if how is None:
         return None, (1, None)
     static = weight.activation_scale if how.scale == "static" and isinstance(weight, QTensor) else None
+    if how.granularity == "block":
+        return numerics.by_block(x.reshape(-1, x.shape[-1]), how.block), (1, None)
     return x, (1 if how.granularity == "row" or static is not None else x.ndim, static)
 
 

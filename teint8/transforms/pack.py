@@ -10,8 +10,10 @@ import torch.utils._pytree as torch_pytree
 from torch import Tensor, nn
 
 from teint8 import _torch
+from teint8.numerics import block_of
 from teint8.ops.conv_layout import contracted, packed_kernel
 from teint8.ops.raw import quantize as quantize_rows
+from teint8.ops.raw_blocks import quantize_blocks
 from teint8.policy import Policy
 from teint8.qtensor import QTensor
 from teint8.transforms.operands import Operand
@@ -117,6 +119,10 @@ def pack_weight(weight: Tensor, axis: int | tuple[int, ...], granularity: str) -
                 pack_one = torch.func.vmap(pack_one)  # type: ignore[assignment]
             return pack_one(weight)
         rows = weight.detach() if axis == -1 else weight.detach().mT
+        block = block_of(granularity)
+        if block:
+            codes, scale = quantize_blocks(rows.reshape(-1, rows.shape[-1]), block)
+            return QTensor.from_rows(codes.reshape(rows.shape), scale.reshape(*rows.shape[:-1], -1), weight.dtype, axis)
         codes, scale = quantize_rows(rows, group_dims=1 if granularity == "row" else 2)
         return QTensor.from_rows(codes, scale.unsqueeze(-1), weight.dtype, axis)
 
@@ -159,7 +165,7 @@ def _read_module(module: nn.Module, policy: Policy) -> dict[str, set[Use]]:
         paths[path] = parameter
         axis = _contracted_dimension(owner, name)
         rule = None if axis is None else policy.match(path, _op_of(owner, axis))
-        use = None if axis is None or rule is None or rule.weight is None else (axis, rule.weight.granularity)
+        use = None if axis is None or rule is None or rule.weight is None else (axis, rule.weight.grouping)
         by_tensor.setdefault(parameter, set()).add(use)
     return {path: by_tensor[parameter] for path, parameter in paths.items()}
 

@@ -26,12 +26,19 @@ def why_float(op: str, rule: Rule | None, x: Any, weight: Operand, axis: int) ->
     if not x.is_floating_point():
         return f"the activation is {x.dtype}"
     value = weight.value
+    if by_block(rule) and value.ndim != 2:
+        return f"blocks are for weights of two dimensions, not {value.ndim}"
     if isinstance(value, QTensor):
         seen = -3 - value.axis if weight.transposed and isinstance(value.axis, int) else value.axis
         return "" if seen == axis else "the weight was packed along its other dimension"
     if not value.is_floating_point():
         return f"the weight is {value.dtype}"
     return shapes.why_not(x, value)
+
+
+def by_block(rule: Rule) -> bool:
+    """Whether a rule quantizes an operand by block."""
+    return any(quant is not None and quant.granularity == "block" for quant in (rule.weight, rule.activation))
 
 
 def problem_or_none(x: Any, weight: Operand, call: Convolution) -> Any:
@@ -56,6 +63,8 @@ def why_float_conv(rule: Rule | None, x: Any, weight: Operand, axis: tuple[int, 
     """The reason why a convolution stays float, or ""."""
     if rule is None or rule.weight is None:
         return "no rule matches" if rule is None else "its rule leaves the weight in float"
+    if by_block(rule):
+        return "convolutions have no blocks: Quant(granularity='row')"
     value = weight.value
     if x.ndim not in (call.dims + 1, call.dims + 2) or value.ndim != call.dims + 2:
         return f"{call.dims} spatial dimensions do not fit {tuple(x.shape)} by {tuple(value.shape)}"  # torch tells what is wrong
@@ -74,8 +83,10 @@ def why_float_conv(rule: Rule | None, x: Any, weight: Operand, axis: tuple[int, 
 def why_not_grouped(rule: Rule | None) -> str:
     """The reason why a mixture of experts stays float under a rule that wants it in INT8, or ""."""
     activation = None if rule is None else rule.activation
-    if activation is None:
+    if activation is None or rule is None:
         return "experts have no W8A16"
+    if by_block(rule):
+        return "experts have no blocks"
     fits = activation.granularity == "row" and activation.scale == "dynamic"
     return "" if fits else "the activation of experts has a dynamic scale a token, and no other"
 
@@ -98,14 +109,25 @@ def ran_as_of(x: Tensor, value: Any, rule: Rule, grouped: bool) -> str:
         return "reference"
     if rule.activation is None:
         return "dequantized"
-    return ops.select("grouped_mm" if grouped else "int8_mm", _problem(x, value, grouped)).name
+    op, problem = _posed(x, value, rule, grouped)
+    return ops.select(op, problem).name
 
 
 def kernel_of(ran_as: str, x: Tensor, value: Any, rule: Rule, grouped: bool) -> str:
     """The configuration of the kernel that will run, or ""."""
     if ran_as in ("reference", "dequantized"):
         return ""
-    return ops.describe("grouped_mm" if grouped else "int8_mm", ran_as, _problem(x, value, grouped))
+    op, problem = _posed(x, value, rule, grouped)
+    return ops.describe(op, ran_as, problem)
+
+
+def _posed(x: Tensor, value: Any, rule: Rule, grouped: bool) -> tuple[str, ops.Problem]:
+    """The op of a call, and the Problem that it poses."""
+    problem = _problem(x, value, grouped)
+    if not by_block(rule) and not (isinstance(value, QTensor) and value.block):
+        return "grouped_mm" if grouped else "int8_mm", problem
+    sizes = [q.block for q in (rule.weight, rule.activation) if q is not None and q.granularity == "block"]
+    return "block_mm", problem._replace(extra=(sizes[0] if sizes else value.block,))
 
 
 def _problem(x: Tensor, value: Any, grouped: bool) -> ops.Problem:

@@ -192,11 +192,11 @@ class Route(Recording, TorchFunctionMode):
         assert rule is not None and rule.weight is not None
         layout = -3 - axis if weight.transposed else axis
         whole, channels = weight, rows
-        weight = self.packed(weight, layout, rule.weight.granularity)
+        weight = self.packed(weight, layout, rule.weight.grouping)
         value = weight.value if axis == -1 or isinstance(weight.value, QTensor) else weight.value.mT
         cut = None
         if rows is not None:
-            value, bias, cut = shapes.channels(value, bias, rows, rule.weight.granularity)
+            value, bias, cut = shapes.channels(value, bias, rows, rule.weight.grouping)
         x = x if ends is not None else shapes.align(x, value)
         impl = "reference" if rule.compute == "simulate" else ""
         if (self.receipt is not None or self.strict) and not torch.compiler.is_dynamo_compiling():
@@ -211,7 +211,7 @@ class Route(Recording, TorchFunctionMode):
             gradient = None if rule.gradient is None else rule.gradient.rounding
             codes = self.weight_codes(weight, value, axis, rule, cut)
             how: dict[str, Any] = {
-                "weight_granularity": rule.weight.granularity,
+                "weight_granularity": rule.weight.grouping,
                 "gradient": gradient,
                 "impl": impl,
                 "weight_codes": codes,
@@ -225,7 +225,7 @@ class Route(Recording, TorchFunctionMode):
             value,
             bias,
             **self._how(rule, x, impl),
-            weight_codes=self.weight_codes(weight, value, axis, rule, cut),
+            weight_codes=None if rows is not None else self.weight_codes(weight, value, axis, rule, cut),
         )
         y = y if cut is None else y[..., cut]
         if fields is not None:
@@ -249,7 +249,7 @@ class Route(Recording, TorchFunctionMode):
         bias = self.plain(call.bias)
         op, problem = ops.conv_problem(batched, weight.value, bias, autocast_dtype(x) or x.dtype, **call.how)
         if not (call.transposed and call.groups > 1):
-            weight = self.packed(weight, axis, rule.weight.granularity)
+            weight = self.packed(weight, axis, rule.weight.grouping)
         impl = "reference" if rule.compute == "simulate" else ""
         if (self.receipt is not None or self.strict) and not torch.compiler.is_dynamo_compiling():
             batch, m, n, k = map(_torch.number, (problem.batch, problem.m, problem.n, problem.k))
@@ -279,10 +279,11 @@ class Route(Recording, TorchFunctionMode):
         """What a rule says, as ``ops.linear`` and ``ops.conv`` take it."""
         weight, activation, gradient = rule.weight, rule.activation, rule.gradient
         return {
-            "weight_granularity": "row" if weight is None else weight.granularity,
-            "activation": None if activation is None else activation.granularity,
+            "weight_granularity": "row" if weight is None else weight.grouping,
+            "activation": None if activation is None else activation.grouping,
             "static": activation is not None and activation.scale == "static",
             "gradient": None if gradient is None else gradient.rounding,
+            **({"gradient_granularity": gradient.grouping} if gradient is not None and gradient.granularity == "block" else {}),
             "wgrad": rule.wgrad,
             "impl": impl,
             "dtype": autocast_dtype(x),

@@ -48,5 +48,5 @@ def channels(w: Any, bias: Tensor | None, rows: slice, granularity: str) -> tupl
         return w, None if bias is None else F.pad(bias, (start, n - stop)), rows
     if not isinstance(w, QTensor):
         return w[rows], bias, None
-    codes, scale = w.rows()
-    return QTensor(codes[rows], scale.unsqueeze(-1)[rows], w.activation_scale, w.dtype), bias, None
+    codes, scale = (w.codes, w.scale) if w.axis == -1 else (w.codes.mT, w.scale.mT)
+    return QTensor(codes[rows], scale[rows], w.activation_scale, w.dtype), bias, None
