@@ -26,6 +26,8 @@ NAMES = (
     "block",
     "memory",
     "overhead",
+    "conv",
+    "norm_linear",
     "gpt",
     "compile",
     "compile_times",
@@ -33,6 +35,7 @@ NAMES = (
     "cpu_minilm",
     "efficientnet",
     "efficientnet_agreement",
+    "qat",
     "families",
 )
 
@@ -124,9 +127,15 @@ def _efficientnet() -> list[list[str]]:
     return [["", "to fp32 eager", "top-1 agreement"], *rows]
 
 
+def _qat() -> list[list[str]]:
+    kinds = ["float", "INT8 without QAT", "INT8, QAT in the second half", "INT8, QAT throughout"]
+    rows = [[r["work"], *(f"{r[kind]:.2f}" for kind in kinds)] for r in rows_of("qat") if r["seed"] == "mean"]
+    return [["", *kinds], *rows]
+
+
 OF_README: dict[str, Callable[[], list[list[str]]]] = {
     "gemm": _gemm, "inference": _inference, "decode": _decode, "training": _training, "curves": _curves, "cpu": _cpu,
-    "efficientnet": _efficientnet,
+    "efficientnet": _efficientnet, "qat": _qat,
 }  # fmt: skip
 """The tables of README.md by the name in their markers, their first rows the heads."""
 

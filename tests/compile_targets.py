@@ -3,7 +3,6 @@
 Triton needs no GPU to compile: registers, spills and shared memory of each configuration in the tables are read off the binary.
 """
 
-import itertools
 import json
 import os
 import re
@@ -124,12 +123,12 @@ def kernels(arch: int) -> None:
             (grouped_mm._grouped_mm_kernel, "grouped_mm", dict(MOST_GROUPS=16), {"x_ptr": "*i8", "ends_ptr": "*i32"}),
         ):
             core(f"{name} long {tuple(c)}", arch, kernel, {**sizes, **more}, pointers, num_warps=c.warps, num_stages=c.stages)
-    for sizes in ((16,), (32,), (128,), (65536, 64), (65536, 256), (8192, 256, 2304), (4096, 512, 4608), (65536, 64, 147, True)):
+    shapes = ((16,), (32,), (128,), (65536, 64), (65536, 256), (8192, 256, 2304), (65536, 64, 147, True))
+    for sizes, by_tap in (*((sizes, True) for sizes in shapes), ((32,), False), ((65536, 256), False)):
         c = conv.tile_of(*sizes, major=arch // 10)
-        for by_tap in (True, False):
-            blocks = dict(BY_ROW=len(sizes) > 3, BY_TAP=by_tap, BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, GROUP=8)
-            core(f"conv {sizes} {by_tap}", arch, conv._conv_kernel, dict(HAS_BIAS=True, **blocks), {"x_ptr": "*i8"},
-                 num_warps=c.warps, num_stages=c.stages)  # fmt: skip
+        blocks = dict(BY_ROW=len(sizes) > 3, BY_TAP=by_tap, BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, GROUP=8)
+        core(f"conv {sizes} {by_tap}", arch, conv._conv_kernel, dict(HAS_BIAS=True, **blocks), {"x_ptr": "*i8"},
+             num_warps=c.warps, num_stages=c.stages)  # fmt: skip
     core("depthwise", arch, conv._depthwise_kernel, dict(HAS_BIAS=True, BLOCK_M=32, BLOCK_C=64), {"x_ptr": "*i8"}, num_warps=4)
     rows = dict(STOCHASTIC=False, STATIC=False, BLOCK_M=1, BLOCK_K=16384, ONE_BLOCK=True)
     core("quantize", arch, quantize._quantize_kernel, rows, num_warps=4)
@@ -170,17 +169,16 @@ def kernels(arch: int) -> None:
     core("norm", arch, norm._norm_kernel, norms, {"eps": "fp32"}, num_warps=16)
     pointers = {"q_ptr": "*i8", "k_ptr": "*i8", "v_ptr": "*i8", "vsum_ptr": "*i32", "mask_ptr": "*fp32"}
     pointers |= dict.fromkeys(("a_ptr", "ks_ptr", "vs_ptr"), "*fp32")
-    for d in (64, 128, 256):
-        for masked in (False, True):
-            t = attention.config_of(d, masked, arch // 10)
-            how = dict(CAUSAL=True, MASK=masked, EVEN=True, EVEN_D=True, BLOCK_M=t.block_m, BLOCK_N=t.block_n, BLOCK_D=d, BLOCK_E=d)
-            core(f"attention {d} {masked}", arch, attention._attention_kernel, how, pointers, num_warps=t.warps, num_stages=t.stages)
+    for d, masked in ((64, True), (128, False)):
+        t = attention.config_of(d, masked, arch // 10)
+        how = dict(CAUSAL=True, MASK=masked, EVEN=True, EVEN_D=True, BLOCK_M=t.block_m, BLOCK_N=t.block_n, BLOCK_D=d, BLOCK_E=d)
+        core(f"attention {d} {masked}", arch, attention._attention_kernel, how, pointers, num_warps=t.warps, num_stages=t.stages)
     core("dequantize", arch, dequantize._dequantize_kernel, dict(BLOCK_M=16, BLOCK_K=512), num_warps=4)
     for m, n in ((64, 4096), (64, 14336), (32, 14336)):
         b = weight_only.blocks_of(m, n, arch // 10)
         rows = dict(BIAS=True, EVEN_K=True, BLOCK_M=m, BLOCK_N=b.block_n, BLOCK_K=b.block_k)
         core(f"weight_only {m} {n}", arch, weight_only._weight_only_kernel, rows, num_warps=4, num_stages=b.stages)
-    for m, block in itertools.product((16, 128, 4096), (32, 64, 128)):
+    for m, block in ((16, 128), (128, 64), (4096, 32), (4096, 128)):
         t = block_mm.config_of(m)
         how = dict(HAS_BIAS=True, EVEN_K=True, BLOCK_M=t.block_m, BLOCK_N=t.block_n, BLOCK_K=block, GROUP=8)
         core(f"block_mm {m} {block}", arch, block_mm._block_mm_kernel, how, {"x_ptr": "*i8"}, num_warps=t.warps, num_stages=t.stages)

@@ -10,7 +10,7 @@ import pytest
 
 # bytes of shared memory that a block may have
 KERNELS = {"int8_mm": 7, "grouped_mm": 7, "quantize": 3, "absmax": 8, "both": 8, "activation_rows": 3, "gemv": 5, "norm": 1,
-           "dequantize": 1, "weight_only": 3, "finish": 1, "conv": 16, "attention": 6, "block_mm": 9, "tops": 1, "known": 1,
+           "dequantize": 1, "weight_only": 3, "finish": 1, "conv": 9, "attention": 2, "block_mm": 4, "tops": 1, "known": 1,
            "depthwise": 1}  # fmt: skip
 LIMITS = {80: 166912, 89: 101376, 90: 232448, 100: 232448}
 

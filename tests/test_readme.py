@@ -1,5 +1,6 @@
 """The README's code runs."""
 
+import json
 import pathlib
 import re
 
@@ -32,11 +33,19 @@ def test_every_figure_is_the_one_that_a_benchmark_wrote(monkeypatch: pytest.Monk
     above = {r["call"]: r["above F.linear"] for r in rows_of("overhead")}
     wanted.append(f"{above['ops.linear, packed']:.0f} us more than `F.linear`")
     wanted.append(f"{above['F.linear in a context']:.0f} us in a context")
+    means = json.loads((ROOT / "benchmarks/results/conv.json").read_text())["means"]
+    wanted.append(f"{means['to cudnn']:.2f}x of cuDNN's bf16; with the quantization of a bf16 input inside "
+                  f"{means['with quantization, to cudnn']:.2f}x")  # fmt: skip
+    norms = {(r["norm"], r["way"]): r for r in rows_of("norm_linear")}
+    layer, rms = (norms[kind, "INT8 fused"] for kind in ("layer", "rms"))
+    wanted.append(f"{layer['to the pair']:.2f}x (LayerNorm) and {rms['to the pair']:.2f}x (RMSNorm)")
+    wanted.append(f"{layer['to bf16']:.2f}x and {rms['to bf16']:.2f}x of bf16")
     share = {r["what"]: r["to bf16"] for r in rows_of("memory")}
     wanted.append(f"take {share['weights, bf16 to packed']:.2f} of bf16's bytes")
     peak = {r["what"]: r["MB"] for r in rows_of("memory")}
     wanted.append(f"INT8 training step is {share['peak of a step, int8 fused']:.2f} of eager")
     wanted.append(f"{peak['peak of a step, int8 fused'] / peak['peak of a step, bf16 compiled']:.2f} of compiled bf16's")
+    text = " ".join(text.split())
     assert [line for line in wanted if line not in text] == []
     ratios = [r["to floats"] for r in rows_of("compile_times") if r["compiled"] != "floats"]
     speed = next(r["to int8 eager"] for r in rows_of("cpu_compile") if r["way"] == "int8 compiled")
