@@ -2,7 +2,7 @@
 
 Rows of q and k, and channels of v along the keys, are quantized by the numerics contract; then, for each row of q::
 
-    t = (float32(sum q_code * k_code) * k_scale) * (q_scale * c) + mask * log2(e)     c = scale * log2(e)
+    t = (float32(sum q_code * k_code) * k_scale) * (q_scale * c) + max(mask, -1e38) * log2(e)     c = scale * log2(e)
     z = max(t - max t, -9)
     p = 2^z                                           a polynomial with a relative error of 1e-4
     code = rint(254 * p) - 127                        a key that is masked, or beyond 2^-9, has the code -127: nothing
@@ -26,6 +26,8 @@ EXP2 = (0.0550090596079826, 0.2422109693288803, 0.6932829022407532, 1.0)
 """Of 2^f, |f| <= 1/2, the highest power first; exactly 1 at 0."""
 LOWEST = -9.0
 """Below 2^-9 of the largest weight a code is that of 0."""
+FINITE = -1e38
+"""Below this only -infinity masks: less would overflow to it."""
 _MAGIC = 12582912.0  # 1.5 * 2^23: adding it rounds to an integer
 
 
@@ -43,7 +45,9 @@ def multiplier(qs: Tensor, scale: float) -> Tensor:
 def masked(t: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
     """Scores t (..., M, S) with a float mask added, and -infinity where a key lies behind its row (causal)."""
     if mask is not None:
-        t = t + mask.float() * torch.full_like(mask, LOG2E, dtype=torch.float32)
+        # the least finite number of a dtype, which some models mask with, stays finite
+        finite = mask.float().clamp(min=FINITE).masked_fill(mask.isneginf(), -math.inf)
+        t = t + finite * torch.full_like(mask, LOG2E, dtype=torch.float32)
     if causal:
         rows, keys = (torch.arange(n, device=t.device) for n in t.shape[-2:])
         t = t.masked_fill(keys > rows.unsqueeze(-1), -math.inf)

@@ -84,6 +84,37 @@ def test_a_weight_of_two_layers_and_no_statistics() -> None:
     tied = nn.Sequential(conv, nn.BatchNorm2d(3), conv, nn.BatchNorm2d(3))
     loose = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, track_running_stats=False))
     plain = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, affine=False))
+
+    class Odd(nn.Module):
+        """What is used in another way, too."""
+
+        def __init__(self, how: str) -> None:
+            super().__init__()
+            self.l, self.bn, self.how = nn.Linear(4, 4), nn.BatchNorm1d(4), how
+            nn.init.uniform_(self.bn.weight, 2, 3)
+
+        def forward(self, x: Tensor) -> object:
+            y = self.l(x)
+            z = self.bn(y)
+            return {
+                "returned": lambda: (z, y),
+                "product": lambda: z @ y.mT,
+                "attention": lambda: F.scaled_dot_product_attention(y, y, y) + z,
+                "addmm": lambda: torch.addmm(y, z, self.l.weight.detach()),
+                "tied": lambda: z @ self.l.weight,
+                "table": lambda: F.embedding(torch.tensor([1]), self.l.weight) + z,
+                "weight": lambda: (z, self.l.weight),
+                "bias": lambda: z + self.l.bias,
+                "twice": lambda: self.bn(F.relu(z)),
+            }[self.how]()
+
+    odd = [Odd(how) for how in ("returned", "product", "attention", "addmm", "tied", "table", "weight", "bias", "twice")]
+    for net in odd:
+        with pytest.raises(ValueError, match="no BatchNorm with running statistics follows"):
+            teint8.fold_batchnorm(teint8.quantize(net), dict(net.named_parameters()), torch.randn(4, 4))
+    tokens = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))  # over the tokens, not over the linear's channels
+    with pytest.raises(ValueError, match="no BatchNorm with running statistics follows"):
+        teint8.fold_batchnorm(teint8.quantize(tokens), dict(tokens.named_parameters()), torch.randn(2, 4, 3))
     for net in (tied, loose, plain):
         with pytest.raises(ValueError, match="no BatchNorm with running statistics follows"):
             teint8.fold_batchnorm(teint8.quantize(net), dict(net.named_parameters()), torch.randn(2, 3, 4, 4))

@@ -294,8 +294,68 @@ def test_what_stays_float_says_why() -> None:
         (ValueError, "2 heads share 1 heads of keys; the same number is needed, or enable_gqa=True", lambda q: (q, q[:, :1], q[:, :1])),
         (ValueError, r"attn_mask has shape \(3, 3\)", lambda q: (q, q, q, torch.zeros(3, 3))),
         (TypeError, "attn_mask is torch.int64", lambda q: (q, q, q, torch.zeros(5, 5).long())),
+        (ValueError, "attn_mask is on meta and query on cpu", lambda q: (q, q, q, torch.zeros(5, 5, device="meta"))),
     ],
 )
 def test_bad_input(error, match, arguments) -> None:
     with pytest.raises(error, match=match):
         ops.attention(*arguments(torch.randn(1, 2, 5, 4)))
+
+
+def test_more_keys_than_int32_holds() -> None:
+    keys = 70000
+    q, k, v = torch.ones(1, 1, 1, 4), torch.ones(1, 1, keys, 4), torch.ones(1, 1, keys, 2)
+    y = ops.attention(q, k, v)
+    assert different(y, ops.attention(q, k, v, impl="reference")) == 0 and torch.allclose(y, torch.ones_like(y))
+    problem = problem_of((1, 1, 1, 4), (1, 1, 2, keys), "cpu", torch.float32)
+    interpreter = next(i for i in registry.implementations("attention") if i.name == "triton-interpreter")
+    assert "its int32 sums hold up to 65536" in str(registry.why_not(interpreter, problem))
+
+
+def test_the_least_finite_mask_and_rows_that_see_nothing() -> None:
+    q, k, v = (torch.randn(1, 1, 5, 8, requires_grad=True) for _ in range(3))
+    mask = torch.zeros(5, 5)
+    mask[0] = torch.finfo(torch.float32).min  # all alike: the mean, as torch has it
+    y = ops.attention(q, k, v, mask)
+    assert relative_error(y[0, 0, 0].detach(), v[0, 0].mean(0).detach()) < 0.02
+    seen = torch.ones(5, 5, dtype=torch.bool)
+    seen[2] = False
+    for attend in (lambda: ops.attention(q, k, v, seen, True), lambda: ops.attention(q, k, v, seen)):
+        y = attend()
+        grads = torch.autograd.grad(y.square().sum(), (q, k, v))
+        assert int(y[0, 0, 2].count_nonzero()) == 0 and all(bool(g.isfinite().all()) for g in grads)
+    each = vmap(grad(lambda q: ops.attention(q, k[0].detach(), v[0].detach(), seen).square().sum()))(q.detach())
+    assert bool(each.isfinite().all())
+
+
+def test_dynamic_sizes_compile_once() -> None:
+    torch._dynamo.reset()
+    f = torch.compile(teint8.quantize(lambda p, q: F.scaled_dot_product_attention(q, q, q), POLICY), fullgraph=True)
+    for s in (5, 7, 9):
+        q = torch.randn(1, 2, s, 8)
+        assert different(f({}, q), ops.attention(q, q, q)) == 0
+
+
+@pytest.mark.parametrize(
+    "shapes,reason",
+    [
+        (((2, 4, 3, 8), (2, 1, 3, 8), (2, 1, 3, 8)), "its heads are broadcast"),
+        (((1, 2, 3, 4, 8), (2, 2, 3, 4, 8), (2, 2, 3, 4, 8)), "its batches are broadcast"),
+    ],
+)
+def test_calls_that_only_torch_takes(shapes, reason: str) -> None:
+    q, k, v = (torch.randn(s) for s in shapes)
+    f = lambda p, q, k, v: F.scaled_dot_product_attention(q, k, v)
+    receipt = teint8.explain(teint8.quantize(f, POLICY), {}, q, k, v)
+    assert receipt.records[0].reason.startswith(reason)
+    assert torch.equal(teint8.quantize(f, POLICY)({}, q, k, v), f({}, q, k, v))
+
+
+def test_a_rule_for_a_line_is_refused_in_compiled_code() -> None:
+    torch._dynamo.reset()
+    policy = Policy([Rule("test_int8_attention.py:*", ops=("attention",))])
+    f = teint8.quantize(lambda p, q: F.scaled_dot_product_attention(q, q, q), policy)
+    q = torch.randn(1, 2, 5, 8)
+    assert different(f({}, q), ops.attention(q, q, q)) == 0
+    with pytest.raises(Exception, match="names a line of code, and compiled code has none"):
+        torch.compile(f, fullgraph=True)({}, q)

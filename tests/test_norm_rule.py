@@ -113,8 +113,8 @@ def test_receipt_and_what_stays_float() -> None:
     qfn = teint8.quantize(two, POLICY)
     w = {"w": torch.randn(5, 24)}
     assert torch.equal(qfn(w, x), two(w, x))
-    assert teint8.explain(qfn, w, x).records[0].reason == "it is over 2 dimensions"
-    with pytest.raises(ValueError, match=r"strict: w \(norm\) cannot run in INT8: it is over 2 dimensions"):
+    assert teint8.explain(qfn, w, x).records[0].reason == "it is over [5, 24] of (3, 5, 24), not over the last dimension alone"
+    with pytest.raises(ValueError, match=r"strict: w \(norm\) cannot run in INT8: it is over \[5, 24\]"):
         teint8.quantize(two, POLICY, strict=True)(w, x)
 
 
@@ -131,3 +131,28 @@ def test_transformer_encoder_in_inference() -> None:
 def test_empty(shape) -> None:
     qfn = teint8.quantize(lambda p, x: F.layer_norm(x, x.shape[-1:], p["w"]), POLICY)
     assert qfn({"w": torch.ones(shape[-1])}, torch.ones(shape)).shape == shape
+
+
+def test_what_torch_refuses_or_takes_in_its_own_way() -> None:
+    wrong = teint8.quantize(lambda p, x: F.layer_norm(x, (4,)), POLICY)
+    with pytest.raises(RuntimeError, match="normalized_shape"):
+        wrong({}, torch.randn(2, 8))
+    direct = teint8.quantize(lambda p, x: torch.layer_norm(x, (24,), p["w"], None, 1e-5), POLICY)
+    x, w = torch.randn(3, 24), torch.randn(24)
+    assert different(direct({"w": w}, x), ops.norm(x, w, None, kind="layer", eps=1e-5)) == 0
+    meta = teint8.quantize(lambda p, x: F.rms_norm(x, (24,), p["w"]), POLICY)
+    assert meta({"w": w.to("meta")}, x.to("meta")).is_meta
+    nested = torch.nested.nested_tensor([torch.randn(2, 24), torch.randn(3, 24)])
+    y = teint8.quantize(lambda p, x: F.layer_norm(x, (24,), p["w"], p["w"]), POLICY)({"w": w}, nested)
+    assert y.is_nested
+
+
+def test_under_inference_mode_and_autocast() -> None:
+    model, x, _ = _setup("layer", "cpu")
+    want = _expected(model, x, "layer")
+    with torch.inference_mode(), te_int8_autocast(training=False, policy=POLICY) as ctx:
+        assert different(model(x), want) == 0
+    assert [r.mode for r in ctx.receipt if r.op == "norm"] == ["values"]  # nothing is kept of what has no version
+    with torch.autocast("cpu", torch.bfloat16), te_int8_autocast(policy=POLICY) as ctx:
+        model(x)
+    assert next(r.reason for r in ctx.receipt if r.op == "norm") == "torch.autocast decides on its dtype"

@@ -132,3 +132,38 @@ def test_strict_names_the_rule_to_write() -> None:
     qfn = teint8.quantize(net, strict=True)
     with pytest.raises(ValueError, match=r"strict: w \(matmul\) cannot run .* Leave it in float with Rule\('w', .*weight=None\)"):
         qfn(dict(net.named_parameters()), torch.randn(4))
+
+
+@pytest.mark.parametrize("n", [6, 8])
+def test_a_packed_weight_that_is_seen_turned_around(n: int) -> None:
+    torch.manual_seed(0)
+    w, x = torch.randn(n, 8), torch.randn(3, 8)
+    for f in (lambda p, x: x @ p["w"].t(), lambda p, x: torch.addmm(torch.ones(n), x, p["w"].t())):
+        qfn = teint8.quantize(f)
+        packed = teint8.pack(qfn, {"w": w}, x)
+        (record,) = teint8.explain(qfn, packed, x)
+        assert record.sqnr is not None and record.sqnr > 30
+
+
+def test_what_has_no_values_is_not_measured() -> None:
+    w, x = torch.randn(4, 8), torch.randn(3, 5, 8)
+    inside = teint8.quantize(lambda p, x: torch.func.vmap(lambda x: F.linear(x, p["w"]))(x))
+    assert teint8.explain(inside, {"w": w}, x).records[0].sqnr is None
+    gradient = teint8.quantize(lambda p, x: torch.func.grad(lambda x: F.linear(x, p["w"]).sum())(x))
+    assert teint8.explain(gradient, {"w": w}, x).records[0].sqnr is None
+    meta = teint8.quantize(nn.Linear(8, 4, device="meta"))
+    params = {k: v.to("meta") for k, v in nn.Linear(8, 4).named_parameters()}
+    assert teint8.explain(meta, params, x.to("meta")).records[0].sqnr is None
+
+
+def test_results_that_overflow_can_be_printed() -> None:
+    layer, x = nn.Linear(64, 16).half(), torch.full((2, 64), 6e4).half()
+    receipt = teint8.explain(teint8.quantize(layer), dict(layer.named_parameters()), x)
+    assert not math.isfinite(receipt.records[0].sqnr) and str(receipt) and json.loads(receipt.to_json())  # type: ignore[arg-type]
+
+
+def test_a_comparison_makes_no_lines_of_its_own() -> None:
+    conv, x = nn.Conv2d(3, 4, 3), torch.randn(2, 3, 6, 6)
+    qfn, params = teint8.quantize(conv), dict(conv.named_parameters())
+    receipt = teint8.explain(qfn, teint8.pack(qfn, params), x)
+    assert receipt.int8_calls == receipt.calls == 1 and receipt.records[0].sqnr > 30  # type: ignore[operator]

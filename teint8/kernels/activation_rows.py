@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from teint8.kernels.activation import INTERPRETING, rounded
-from teint8.kernels.launch import Launch, on
+from teint8.kernels.launch import Launch, alignment, on
 from teint8.kernels.quantize import code_bits, mixed_seed, noise_key, noise_of, shrunk
 from teint8.kernels.quantize_both import alike, dense
 from teint8.kernels.quantize_both_kernels import _bits, _larger, _scale_and_multiplier, _source, _top
@@ -117,7 +117,7 @@ def activation_rows(
     strides = (g.stride(0), g.stride(-2), d.stride(0), d.stride(-2), both.stride(-2))
     seeds = g if seed is None else seed.contiguous()
     key = (device.index, g.dtype, shape, strides, kind, gated, backward, codes, values, seed is None,
-           (g.data_ptr() | u.data_ptr() | d.data_ptr() | made[-1][2].data_ptr() | seeds.data_ptr()) % 16)  # fmt: skip
+           alignment(g, u, d, made[-1][2], seeds))  # fmt: skip
     args = (g, u, d, *made[0], *made[-1], seeds, m, n, *strides)
     with on(device):
         if _launch.known(key):

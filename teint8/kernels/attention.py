@@ -46,7 +46,9 @@ def _scores(
     t = (tl.dot(q, k, out_dtype=tl.int32).to(tl.float32) * ks[None, :]) * a[:, None]
     if MASK:
         at = mask_ptrs + keys.to(tl.int64)[None, :] * stride_ms
-        t += tl.load(at, mask=(keys < S)[None, :], other=0.0).to(tl.float32) * 1.4426950408889634
+        mask = tl.load(at, mask=(keys < S)[None, :], other=0.0).to(tl.float32)
+        lowest = tl.where(mask == NEGATIVE_INFINITY, NEGATIVE_INFINITY, -1e38)
+        t += tl.maximum(mask, lowest, propagate_nan=tl.PropagateNan.ALL) * 1.4426950408889634
     if CAUSAL:
         t = tl.where(keys[None, :] > rows[:, None], NEGATIVE_INFINITY, t)
     if not EVEN:

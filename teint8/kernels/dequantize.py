@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from teint8.kernels.launch import Launch, on
+from teint8.kernels.launch import Launch, alignment, on
 
 
 @triton.jit
@@ -29,7 +29,7 @@ def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     # the interpreter's cast to bfloat16 does not round
     inner = torch.float32 if not codes.is_cuda else dtype
     y = torch.empty((m, k), dtype=inner, device=codes.device)
-    key = (codes.device.index, m, k, codes.stride(0), scale.stride(0), dtype, (codes.data_ptr() | scale.data_ptr()) % 16)
+    key = (codes.device.index, m, k, codes.stride(0), scale.stride(0), dtype, alignment(codes, scale))
     with on(codes.device):
         _launch(key, (triton.cdiv(m, 16), triton.cdiv(k, 512), 1), (codes, scale, y, m, k, codes.stride(0), scale.stride(0)),
                 (16, 512), num_warps=4, enable_fp_fusion=False)  # fmt: skip

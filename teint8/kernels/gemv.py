@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from teint8.kernels.activation import INTERPRETING, rounded, value_and_slope
-from teint8.kernels.launch import Launch, on
+from teint8.kernels.launch import Launch, alignment, on
 from teint8.kernels.quantize import code_bits
 from teint8.kernels.quantize_both_kernels import _bits, _larger, _scale_and_multiplier, _top
 
@@ -203,7 +203,7 @@ def gemv(
     strides = (x.stride(0), wq.stride(0), ws.stride(0), uq.stride(0), us.stride(0))
     key = (device.index, m, n, k, strides, dtype, x.dtype, None if bias is None else bias.dtype, None if ub is None else ub.dtype,
            up is None,
-           kind, tops is None, c, (x.data_ptr() | wq.data_ptr() | uq.data_ptr()) % 16)  # fmt: skip
+           kind, tops is None, c, alignment(*args))  # fmt: skip
     grid = (-(-n // c[0]), 1, 1)
     with on(device):
         if _launch.known(key):

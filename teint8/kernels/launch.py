@@ -30,6 +30,15 @@ def on(device: torch.device) -> Any:
 _NOTHING = contextlib.nullcontext()
 
 
+def alignment(*tensors: Tensor) -> bool | tuple[bool, ...]:
+    """What the JIT specializes on of these addresses: which are multiples of 16. A part of a launch's key."""
+    addresses = [t.data_ptr() for t in tensors]
+    together = 0
+    for address in addresses:
+        together |= address
+    return together % 16 == 0 or tuple(address % 16 == 0 for address in addresses)
+
+
 class Descriptors:
     """TMA descriptors of a launch's first arguments, made once for each address and row stride that a tensor had.
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from teint8.kernels.activation import INTERPRETING, rounded_pairs
 from teint8.kernels.int8_mm import major_of
-from teint8.kernels.launch import Launch, on
+from teint8.kernels.launch import Launch, alignment, on
 from teint8.kernels.quantize import code_bits
 from teint8.kernels.quantize_both_kernels import _bits, _scale_and_multiplier, _top
 
@@ -126,7 +126,7 @@ def norm(
     r = x if residual is None else residual
     key = (device.index, m, n, x.dtype, kind, codes, values, residual is None, x.stride(0), r.stride(0),
            None if weight is None else w.dtype, None if bias is None else b.dtype,
-           (x.data_ptr() | r.data_ptr() | w.data_ptr() | b.data_ptr()) % 16)  # fmt: skip
+           alignment(x, r, w, b))  # fmt: skip
     block = max(triton.next_power_of_2(n), 4)
     constants = (kind == "layer", residual is not None, weight is not None, bias is not None, values, codes, _DTYPES[x.dtype], block,
                  n == block)  # fmt: skip

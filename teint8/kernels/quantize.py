@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from teint8.kernels.activation import INTERPRETING
-from teint8.kernels.launch import Launch, on
+from teint8.kernels.launch import Launch, alignment, on
 
 MAX_BLOCK = 16384  # a longer row is read twice, in blocks
 
@@ -173,7 +173,7 @@ def quantize(x: Tensor, seed: Tensor | None, scale: Tensor | None, pair: Tensor 
     step = 0 if pair is None else between(x, pair)
     seeds, given = codes if seed is None else seed.contiguous(), scales if scale is None else scale.contiguous()
     key = (device.index, x.dtype, m, k, stride, per_seed, seed is None, scale is None, count, kind_of(step), x.data_ptr() % 16 == 0,
-           (seeds.data_ptr() | given.data_ptr()) % 16 == 0)  # fmt: skip
+           alignment(seeds, given))  # fmt: skip
     args = (x, codes, scales, seeds, given, m, k, step, stride, per_seed)
     with on(device):
         _launch(key, (triton.cdiv(m, block_m), count, 1), args, (seed is not None, scale is not None, block_m, block_k, k <= block_k),

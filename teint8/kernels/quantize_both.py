@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from teint8.kernels.activation import INTERPRETING
-from teint8.kernels.launch import Launch, on
+from teint8.kernels.launch import Launch, alignment, on
 from teint8.kernels.quantize import between, kind_of
 from teint8.kernels.quantize_both_kernels import _absmax_kernel, _both_kernel
 from teint8.kernels.scratch import Zeros
@@ -148,7 +148,7 @@ def quantize_both(
     strides = (step, g.stride(-2), d.stride(0), d.stride(-2))
     seed = None if seed is None else seed.contiguous()
     key = (device.index, g.dtype, shape, kind_of(step), strides[1:], kind, gated, backward, value, seed is None, blocks,
-           (g.data_ptr() | u.data_ptr() | d.data_ptr() | (0 if seed is None else seed.data_ptr())) % 16)  # fmt: skip
+           alignment(g, u, d, g if seed is None else seed))  # fmt: skip
     plan = _plans.get(key)
     if plan is None:
         if len(_plans) >= 4096:

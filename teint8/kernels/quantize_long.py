@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from teint8.kernels.launch import Launch, on
+from teint8.kernels.launch import Launch, alignment, on
 from teint8.kernels.quantize import code_bits
 from teint8.kernels.quantize_both_kernels import _scale_and_multiplier
 
@@ -49,7 +49,7 @@ def quantize_known(x: Tensor, tops: Tensor, block: int = 1024) -> tuple[Tensor, 
     scale = torch.empty((m,), dtype=torch.float32, device=x.device)
     stride = x.stride(0)
     with on(x.device):
-        _known((x.device.index, m, n, x.dtype, stride, block, x.data_ptr() % 16), (-(-n // block), m, 1),
+        _known((x.device.index, m, n, x.dtype, stride, block, alignment(x, tops)), (-(-n // block), m, 1),
                (x, tops, codes, scale, n, stride), (block,), num_warps=4, enable_fp_fusion=False)  # fmt: skip
     return codes, scale
 
@@ -61,6 +61,6 @@ def quantize_long(x: Tensor) -> tuple[Tensor, Tensor]:
     m, n = x.shape
     tops = torch.zeros((m,), dtype=torch.int32, device=x.device)
     with on(x.device):
-        _tops((x.device.index, m, n, x.dtype, x.stride(0), x.data_ptr() % 16), (-(-n // (BLOCK * SPAN)), m, 1),
+        _tops((x.device.index, m, n, x.dtype, x.stride(0), alignment(x)), (-(-n // (BLOCK * SPAN)), m, 1),
               (x, tops, n, x.stride(0)), (BLOCK, SPAN), num_warps=8)  # fmt: skip
     return quantize_known(x, tops, BLOCK)

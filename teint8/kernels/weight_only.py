@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from teint8.kernels.activation import INTERPRETING
-from teint8.kernels.launch import Launch, on
+from teint8.kernels.launch import Launch, alignment, on
 
 MAX_ROWS = 64
 
@@ -84,7 +84,7 @@ def weight_only(x: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None, dtype: t
     block_m = max(16, triton.next_power_of_2(m))
     block_n, block_k, stages = SAFE if INTERPRETING else blocks_of(m, n, _capability(x.device.index))
     key = (x.device.index, m, n, k, strides, x.dtype, dtype, None if bias is None else b.dtype,
-           (x.data_ptr() | wq.data_ptr() | b.data_ptr()) % 16)  # fmt: skip
+           alignment(x, wq, ws, b))  # fmt: skip
     with on(x.device):
         _launch(key, (-(-n // block_n), 1, 1), (x, wq, ws, b, y, m, n, k, *strides),
                 (bias is not None, k % block_k == 0, block_m, block_n, block_k), num_warps=4, num_stages=stages)  # fmt: skip

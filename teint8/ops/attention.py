@@ -9,7 +9,7 @@ from torch import Tensor
 
 from teint8 import _torch
 from teint8.ops.linear import differentiates
-from teint8.ops.raw import quantize
+from teint8.ops.raw import NAMES, quantize
 from teint8.ops.raw_attention import int8_attention
 from teint8.ops.straight import hat, moved
 
@@ -60,7 +60,9 @@ def attention(
 
     """
     _check(query, key, value, attn_mask, enable_gqa)
-    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    if dtype is not None and dtype not in NAMES:
+        raise TypeError(f"attention: dtype is {dtype}; one of {', '.join(NAMES.values())} is needed")
+    scale = 1 / math.sqrt(max(query.shape[-1], 1)) if scale is None else scale
     dtype = dtype or query.dtype
     floats = attn_mask
     if attn_mask is not None and attn_mask.dtype == torch.bool:
@@ -86,7 +88,7 @@ def _of_four(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
     """A mask that broadcasts to (..., H, M, S), as one that does to (B, H, M, S)."""
     if len(shape) == 4 or mask.ndim < 4:
         return mask.reshape(*[1] * (4 - mask.ndim), *mask.shape)
-    return mask.expand(shape).reshape(-1, *shape[-3:])
+    return mask.expand(shape).reshape(math.prod(shape[:-3]), *shape[-3:])
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **how: Any) -> Tensor:
@@ -114,9 +116,11 @@ def math_attention(
     if is_causal:
         seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
         scores = scores.masked_fill(~seen, -math.inf)
-    weights = scores.softmax(-1)
-    if attn_mask is not None:  # a row that is masked whole has weights 0, as in torch
-        weights = weights.masked_fill(scores.isneginf().all(-1, keepdim=True), 0.0)
+    if attn_mask is None:
+        weights = scores.softmax(-1)
+    else:  # a row that is masked whole has weights 0, as in torch, and gradients 0
+        whole = scores.isneginf().all(-1, keepdim=True)
+        weights = scores.masked_fill(whole, 0.0).softmax(-1).masked_fill(whole, 0.0)
     return torch.matmul(F.dropout(weights, dropout_p) if dropout_p > 0.0 else weights, value)
 
 
@@ -129,23 +133,31 @@ def _check(q: Any, k: Any, v: Any, mask: Any, gqa: bool) -> None:
             raise TypeError(f"attention: query is {q.dtype} and {name} {t.dtype}; one dtype is needed, such as {name}.to({q.dtype})")
         if t.device != q.device:
             raise ValueError(f"attention: query is on {q.device} and {name} on {t.device}; one device is needed")
-    _check_shapes(q, k, v, ", ".join(f"{name} {tuple(t.shape)}" for name, t in tensors.items()), gqa)
+    _check_shapes(q, k, v, gqa)
     if mask is not None:
-        _check_mask(mask, (*q.shape[:-1], k.shape[-2]))
+        _check_mask(mask, (*q.shape[:-1], k.shape[-2]), q.device)
 
 
-def _check_shapes(q: Tensor, k: Tensor, v: Tensor, shapes: str, gqa: bool) -> None:
+def _shapes(q: Tensor, k: Tensor, v: Tensor) -> str:
+    return f"query {tuple(q.shape)}, key {tuple(k.shape)}, value {tuple(v.shape)}"
+
+
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor, gqa: bool) -> None:
     if min(q.ndim, k.ndim, v.ndim) < 3 or not q.shape[:-3] == k.shape[:-3] == v.shape[:-3]:
-        raise ValueError(f"attention: {shapes} do not fit; (..., heads, tokens, width) with the same (...) are needed")
+        raise ValueError(f"attention: {_shapes(q, k, v)} do not fit; (..., heads, tokens, width) with the same (...) are needed")
     if k.shape[-3:-1] != v.shape[-3:-1] or q.shape[-1] != k.shape[-1]:
-        raise ValueError(f"attention: {shapes} do not fit; key and value need the same heads and tokens, query and key the same width")
+        raise ValueError(
+            f"attention: {_shapes(q, k, v)} do not fit; key and value need the same heads and tokens, query and key the same width"
+        )
     heads, shared = q.shape[-3], k.shape[-3]
     if heads != shared and not (gqa and shared and heads % shared == 0):
         fix = "a divisor of them is needed" if gqa else "the same number is needed, or enable_gqa=True"
-        raise ValueError(f"attention: {shapes}: {heads} heads share {shared} heads of keys; {fix}")
+        raise ValueError(f"attention: {_shapes(q, k, v)}: {heads} heads share {shared} heads of keys; {fix}")
 
 
-def _check_mask(mask: Tensor, shape: tuple[int, ...]) -> None:
+def _check_mask(mask: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    if mask.device != device:
+        raise ValueError(f"attention: attn_mask is on {mask.device} and query on {device}; one device is needed")
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise TypeError(f"attention: attn_mask is {mask.dtype}; bool or floats are needed")
     sizes = zip(reversed(mask.shape), reversed(shape), strict=False)

@@ -23,7 +23,7 @@ _FEW_LONG = 512
 def _quantize(x: Tensor, seed: Tensor | None, scale: Tensor | None, pair: Tensor | None = None) -> Any:
     from teint8.kernels import quantize, quantize_long
 
-    if seed is scale is pair is None and x.shape[0] <= _FEW_LONG and x.shape[1] > quantize.MAX_BLOCK:
+    if seed is scale is pair is None and x.shape[0] <= _FEW_LONG and quantize.MAX_BLOCK < x.shape[1] < 2**31 - 2**16:
         return quantize_long.quantize_long(x)
     return quantize.quantize(x, seed, scale, pair)
 
@@ -110,14 +110,15 @@ def _attention(*args: Any) -> Tensor:
 
 
 _WIDEST_HEAD = 256
+_MOST_KEYS = 65536  # 254 * 127 * 65536 < 2**31
 
 
 def _attention_why_not(problem: Problem) -> str | None:
     widest = max(problem.k, *problem.extra)
     if widest > _WIDEST_HEAD:
         return f"a head is {widest} wide; up to {_WIDEST_HEAD} are held in registers"
-    if problem.n > MAX_INT32_K:
-        return f"there are {problem.n} keys; its int32 sums hold up to {MAX_INT32_K}"
+    if problem.n > _MOST_KEYS:
+        return f"there are {problem.n} keys; its int32 sums hold up to {_MOST_KEYS}"
     return _why_not(problem)
 
 
@@ -383,7 +384,11 @@ def _describe_conv(problem: Problem) -> str:
     from teint8.kernels.int8_mm import major_of
 
     major = major_of(torch.cuda.current_device() if problem.device == "cuda" else None)
-    return _tile(conv.tile_of(problem.m, problem.n, problem.k, major=major))
+    c = problem.extra[1]
+    if problem.n == c == 1 and problem.batch > 1:
+        return "depthwise"
+    by_row = problem.batch == 1 and c < 16
+    return _tile(conv.tile_of(problem.m, problem.n, problem.k, by_row, major)) + (", by rows of a window" if by_row else "")
 
 
 def _describe_attention(problem: Problem) -> str:
@@ -392,7 +397,7 @@ def _describe_attention(problem: Problem) -> str:
 
     major = major_of(torch.cuda.current_device() if problem.device == "cuda" else None)
     c = attention.config_of(max(problem.k, *problem.extra), False, major)
-    return f"{c.block_m}x{c.block_n}, {c.warps} warps, {c.stages} stages"
+    return f"{c.block_m}x{c.block_n}, {c.warps} warps, {c.stages} stages (without a mask)"
 
 
 def _tile(c: Any) -> str:

@@ -106,7 +106,7 @@ def _composed(
     a = attentions.multiplier(qs, scale)
     # heads that share keys are rows of one matmul, and a mask is looked at by head
     y = torch.empty((b, g, share, m, e), dtype=dtype, device=q.device)
-    above = 127 * v.sum(-1, dtype=torch.int32).reshape(b * g, 1, e)
+    above = 127 * v.sum(-1, dtype=torch.int64).reshape(b * g, 1, e)
     seen = None if mask is None else mask.expand(b, h, m, s).unflatten(1, (g, share))
     step = max(1, min(m, _ROWS // (b * h * s)))
     for first in range(0, m, step):
@@ -121,7 +121,7 @@ def _composed(
             t = t.masked_fill(keys > rows.unsqueeze(-1), float("-inf"))
         w, top = attentions.weights(t)
         acc = _sums(w.view(b * g, share * size, s), v.reshape(b * g, e, s)) + above
-        total = w.sum(-1, dtype=torch.int32) + 127 * s
+        total = w.sum(-1, dtype=torch.int64) + 127 * s
         scales = vs.reshape(b, g, 1, e)
         y[:, :, :, part] = attentions.finish(acc.view(b, g, share, size, e), total, scales, top, dtype)
     return y.flatten(1, 2)
@@ -135,11 +135,11 @@ def _multiply(x: Tensor, xs: Tensor, w: Tensor, ws: Tensor) -> Tensor:
 
 
 def _sums(x: Tensor, w: Tensor) -> Tensor:
-    """x (B, M, K) by w (B, N, K), exact in int32."""
+    """x (B, M, K) by w (B, N, K), exact in int64."""
     rows, channels = (torch.ones(t.shape[:2], dtype=torch.float32, device=x.device) for t in (x, w))
     parts = zip(x.split(_EXACT, -1), w.split(_EXACT, -1), strict=True)
-    sums = [_multiply(p.contiguous(), rows, q.contiguous(), channels).int() for p, q in parts]
-    return torch.stack(sums).sum(0, dtype=torch.int32) if len(sums) > 1 else sums[0]
+    sums = [_multiply(p.contiguous(), rows, q.contiguous(), channels).long() for p, q in parts]
+    return torch.stack(sums).sum(0) if len(sums) > 1 else sums[0]
 
 
 registry.register("attention", "reference", attentions.value)

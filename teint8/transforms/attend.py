@@ -35,7 +35,7 @@ def attend(
     if not named(route):
         return float_call()
     path, rule = _rule(route)
-    reason = _why_float(rule, (query, key, value), dropout_p)
+    reason = _why_float(rule, (query, key, value), dropout_p, enable_gqa)
     sizes = _sizes(query, key, value)
     if reason:
         _refuse(route, rule, path, reason, sizes)
@@ -69,12 +69,12 @@ def stays_float(route: Route, reason: str, query: Tensor, key: Tensor, value: Te
     """Note that an attention of these stays float; in strict mode raise, where a rule is for it."""
     if named(route):
         path, rule = _rule(route)
-        reason = reason if rule is not None and rule.weight is not None else _why_float(rule, (query, key, value), 0.0)
+        reason = reason if rule is not None and rule.weight is not None else _why_float(rule, (query, key, value), 0.0, True)
         _refuse(route, rule, path, reason, _sizes(query, key, value))
 
 
 def _rule(route: Route) -> tuple[str, Rule | None]:
-    path = "?" if _torch.is_compiling() else callsite.line_of_call()
+    path = callsite.line_or_none(route.policy, "attention")
     return path, route.rule(path, "attention")
 
 
@@ -98,12 +98,12 @@ def _record(
 
 def _sizes(query: Tensor, key: Tensor, value: Tensor) -> tuple[Any, ...]:
     """Heads, rows, keys, and the widths of a head of keys and of values; zeros where they are no tensors of that kind."""
-    if min(query.ndim, key.ndim, value.ndim) < 2 or query.is_nested:
+    if any(t.is_nested for t in (query, key, value)) or min(query.ndim, key.ndim, value.ndim) < 2:
         return (0, 0, 0, 0, 0)
     return math.prod(query.shape[:-2]), query.shape[-2], key.shape[-2], query.shape[-1], value.shape[-1]
 
 
-def _why_float(rule: Rule | None, tensors: tuple[Tensor, ...], dropout_p: float) -> str:
+def _why_float(rule: Rule | None, tensors: tuple[Tensor, ...], dropout_p: float, enable_gqa: bool) -> str:
     if rule is None or rule.weight is None or rule.activation is None:
         return "no rule matches" if rule is None else "its rule leaves an operand in float"
     if any(quant.granularity != "row" or quant.scale != "dynamic" for quant in (rule.weight, rule.activation)):
@@ -118,4 +118,15 @@ def _why_float(rule: Rule | None, tensors: tuple[Tensor, ...], dropout_p: float)
         return f"its operands are {query.dtype}, {key.dtype} and {value.dtype}"
     if not query.shape[:-3] == key.shape[:-3] == value.shape[:-3] or query.ndim < 2:
         return f"its batches are broadcast: {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
+    return _why_unfit(query, key, value, enable_gqa)
+
+
+def _why_unfit(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> str:
+    """Heads and widths that only torch's own call takes, or refuses."""
+    if key.shape[-1] == 0 or query.shape[-1] != key.shape[-1]:
+        return f"heads of queries and keys are {query.shape[-1]} and {key.shape[-1]} wide"
+    heads = [t.shape[-3] if t.ndim > 2 else 1 for t in (query, key, value)]
+    shared = enable_gqa and heads[1] > 0 and heads[0] % heads[1] == 0
+    if key.shape[-2] != value.shape[-2] or heads[1] != heads[2] or (heads[0] != heads[1] and not shared):
+        return f"its heads are broadcast: {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
     return ""

@@ -314,7 +314,7 @@ HANDLERS: dict[Any, Callable[[Route, Any, Any, Any], Any]] = {
     Tensor.inner: products.inner,
     **dict.fromkeys(CELLS, _cell),
     **dict.fromkeys(recurrent.LAYERS, _recurrent),
-    **dict.fromkeys((F.layer_norm, F.rms_norm), norms.normalize),
+    **dict.fromkeys((F.layer_norm, F.rms_norm, torch.layer_norm, torch.rms_norm), norms.normalize),
     F.bilinear: products.bilinear,
     **dict.fromkeys(_FLOAT_CONVOLUTIONS, _convolution),
     **dict.fromkeys(tables.FUNCTIONS, _table),

@@ -6,6 +6,9 @@ import sys
 import torch
 from torch import Tensor, nn
 
+from teint8 import _torch
+from teint8.policy import Policy
+
 _HERE = str(pathlib.Path(__file__).parent.parent)
 _TORCH = str(pathlib.Path(torch.__file__).parent)
 _MODULE = nn.Module.__call__.__code__.co_filename
@@ -33,6 +36,24 @@ def line_of_call() -> str:
         if not name.startswith((_HERE, _TORCH)):
             return f"{pathlib.Path(name).name}:{frame.f_lineno}"
         frame = frame.f_back  # type: ignore[assignment]
+    return "?"
+
+
+def line_or_none(policy: Policy, op: str) -> str:
+    """``line_of_call``; in compiled code "?", where there is no stack to read.
+
+    Raises:
+        RuntimeError: in compiled code, where a rule for the op has a path: it could not be obeyed.
+
+    """
+    if not _torch.is_compiling():
+        return line_of_call()
+    named = [rule for rule in policy.rules if op in rule.ops and rule.path != "*"]
+    if named and not any(op in rule.ops and rule.path == "*" for rule in policy.rules[: policy.rules.index(named[0])]):
+        raise RuntimeError(
+            f"teint8: a rule with the path {named[0].path!r} names a line of code, and compiled code has none: a call of {op} without a weight is not found by "
+            "its path there. Give the rule the path '*', or run this part in eager mode"
+        )
     return "?"
 
 

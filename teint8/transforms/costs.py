@@ -8,6 +8,7 @@ from torch import Tensor
 from teint8 import numerics
 from teint8.policy import Rule
 from teint8.qtensor import QTensor
+from teint8.transforms.operands import Operand
 
 
 def bytes_of(m: int, n: int, k: int, batch: int, ran_as: str, size: int) -> int:
@@ -34,9 +35,11 @@ def activation_of(x: Tensor, rule: Rule, weight: Any) -> tuple[Tensor | None, tu
     return x, (1 if how.granularity == "row" or static is not None else x.ndim, static)
 
 
-def exact_product(x: Tensor, weight: Any, axis: int, bias: Tensor | None, rows: Any) -> Tensor:
+def exact_product(x: Tensor, weight: Operand, axis: int, bias: Tensor | None, rows: Any) -> Tensor:
     """x (..., K) by a weight contracted along ``axis``, in float; of a packed weight its values are exact."""
-    w = weight.dequantize() if isinstance(weight, QTensor) else weight
+    w = weight.value
+    if isinstance(w, QTensor):
+        w = w.dequantize().mT if weight.transposed else w.dequantize()
     w = w if axis == -1 else w.mT
     w = w if rows is None else w[rows]
     y = torch.matmul(x.to(w.dtype), w.mT)

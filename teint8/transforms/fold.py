@@ -33,7 +33,7 @@ def fold_batchnorm(qfn: Any, params: Any, *args: Any, **kwargs: Any) -> tuple[Tr
 
     Raises:
         TypeError: not a quantized module. ValueError: packed parameters, no inputs, or nothing to fold: a BatchNorm needs running
-            statistics, and a layer before it whose output nothing else uses, and whose weight no other layer has.
+            statistics, and a layer before it whose output nothing else uses, and whose parameters nothing else has.
 
     Example:
         >>> from teint8 import quantize
@@ -109,7 +109,7 @@ def _find(module: nn.Module, tree: Tree, args: Any, kwargs: Any) -> list[_Pair]:
         fake_tree, fake_args, fake_kwargs = _torch.to_fake((tree, args, kwargs))
         route = _Follows()
         with _torch.fake_mode_of(fake_tree, fake_args), torch.no_grad():
-            call_module(module, route, fake_tree, fake_args, fake_kwargs)
+            route.use(call_module(module, route, fake_tree, fake_args, fake_kwargs))
     finally:
         for m, mode in training.items():
             m.training = mode
@@ -117,7 +117,7 @@ def _find(module: nn.Module, tree: Tree, args: Any, kwargs: Any) -> list[_Pair]:
 
 
 class _Follows(BoundRoute):
-    """Runs a model in float and notes which BatchNorm takes which layer's output."""
+    """Runs a model in float and notes which BatchNorm takes which layer's output, and how often each tensor is used."""
 
     surveys = True
 
@@ -125,29 +125,41 @@ class _Follows(BoundRoute):
         super().__init__(Policy(), False, None)
         self._layers: list[_Layer] = []
         self._found: list[_Pair] = []
-        self._weights: dict[str, int] = {}
-        self._uses: dict[int, int] = {}  # how often an output is looked at, by where it is in the list
+        self._uses: dict[str, int] = {}  # of leaves, by path; of a layer's output, by its place in the list
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not looks(func):
+            self.use((args, kwargs))
+            layer = self._layer_of(args[0]) if func is F.batch_norm and args else None
+            if layer is not None:
+                self._pair(layer, *args, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)
+
+    def use(self, tree: Any) -> None:
+        """Count a use of every tensor in a tree."""
+        for leaf in torch_pytree.tree_leaves(tree):
+            known = self.known.get(leaf) if isinstance(leaf, Tensor) else None
+            if known is not None:
+                self._uses[known.path] = self._uses.get(known.path, 0) + 1
+            for i, layer in enumerate(self._layers):
+                if layer.output is leaf:
+                    self._uses[str(i)] = self._uses.get(str(i), 0) + 1
 
     def convolve(self, call: Any, weight: Any, float_call: Any) -> Any:
-        self._use(call.x)
         y = super().convolve(call, weight, float_call)
         simple = not (call.transposed and call.groups > 1) and y.ndim == call.dims + 2
         return self._made(y, weight.path if simple else "", call.bias, 1 if call.transposed else 0)
 
     def multiply(self, op: str, x: Any, weight: Any, axis: int, bias: Any, float_call: Any, rows: Any = None, ends: Any = None) -> Any:
-        self._use(x)
         y = super().multiply(op, x, weight, axis, bias, float_call, rows, ends)
         simple = axis == -1 and not weight.transposed and rows is None and ends is None and weight.value.ndim == 2
-        return self._made(y, weight.path if simple else "", bias, 0)
+        return self._made(y, weight.path if simple and y is not None and y.ndim == 2 else "", bias, 0)
 
-    def other(self, func: Any, args: Any, kwargs: Any) -> Any:
-        layer = self._layer_of(args[0]) if func is F.batch_norm and args else None
-        if layer is not None:
-            self._pair(layer, *args, **kwargs)
-        if not looks(func):
-            for leaf in torch_pytree.tree_leaves((args, kwargs)):
-                self._use(leaf)
-        return super().other(func, args, kwargs)
+    def _made(self, y: Any, path: str, bias: Any, channels: int) -> Any:
+        known = self.known.get(bias) if isinstance(bias, Tensor) else None
+        if path and isinstance(y, Tensor) and (bias is None or known is not None):
+            self._layers.append(_Layer(y, path, None if known is None else known.path, channels))
+        return y
 
     def _pair(
         self, layer: _Layer, x: Tensor, mean: Any, variance: Any, weight: Any = None, bias: Any = None, training: bool = False,
@@ -158,32 +170,14 @@ class _Follows(BoundRoute):
         if not training and len(paths) == 4:
             self._found.append(_Pair(layer, paths[0], paths[1], paths[2], paths[3], eps))
 
-    def _made(self, y: Any, path: str, bias: Any, channels: int) -> Any:
-        self._weights[path] = self._weights.get(path, 0) + 1
-        known = self.known.get(bias) if isinstance(bias, Tensor) else None
-        if path and isinstance(y, Tensor) and (bias is None or known is not None):
-            self._layers.append(_Layer(y, path, None if known is None else known.path, channels))
-        return y
-
     def _layer_of(self, t: Any) -> _Layer | None:
         return next((layer for layer in self._layers if layer.output is t), None)
 
-    def _use(self, t: Any) -> None:
-        for i, layer in enumerate(self._layers):
-            if layer.output is t:
-                self._uses[i] = self._uses.get(i, 0) + 1
-
     def pairs(self) -> list[_Pair]:
-        """Those whose layer's output has one use, and whose leaves have one, too."""
-        leaves: dict[str, int] = {}
-        for pair in self._found:
-            for path in (pair.mean, pair.variance, pair.gamma, pair.beta, pair.layer.bias or pair.layer.weight):
-                leaves[path] = leaves.get(path, 0) + 1
-        alone = [
-            pair for pair in self._found
-            if self._weights[pair.layer.weight] == 1 and max(leaves[p] for p in (pair.mean, pair.gamma, pair.beta)) == 1
-        ]  # fmt: skip
-        return [pair for pair in alone if self._uses.get(self._index(pair.layer)) == 1]
+        """Those of which every tensor is used once: the layer's output by the BatchNorm, its leaves by the layer, and so on."""
+        return [pair for pair in self._found if all(self._uses.get(name) == 1 for name in self._names(pair))]
 
-    def _index(self, layer: _Layer) -> int:
-        return next(i for i, known in enumerate(self._layers) if known.output is layer.output)
+    def _names(self, pair: _Pair) -> list[str]:
+        place = next(i for i, known in enumerate(self._layers) if known.output is pair.layer.output)
+        bias = [] if pair.layer.bias is None else [pair.layer.bias]
+        return [str(place), pair.layer.weight, *bias, pair.mean, pair.variance, pair.gamma, pair.beta]

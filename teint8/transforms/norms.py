@@ -13,6 +13,7 @@ from teint8.ops.linear import differentiates
 from teint8.ops.norm import norm_and_codes
 from teint8.transforms import callsite, shapes
 from teint8.transforms.operands import Operand
+from teint8.transforms.reasons import autocast_dtype
 
 if TYPE_CHECKING:
     from teint8.policy import Rule
@@ -23,25 +24,23 @@ def normalize(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
     """``F.layer_norm`` or ``F.rms_norm``. Values are those of ``ops.norm`` in every case; codes are made in the same kernel."""
     if not any("norm" in rule.ops for rule in route.policy.rules):
         return route.other(func, args, kwargs)
-    if func is F.layer_norm:
-        x, shape, weight, bias, eps = shapes.bind(("input", "normalized_shape", "weight", "bias", "eps"), args, kwargs)
-        kind, eps = "layer", 1e-5 if eps is None else eps
-    else:
-        x, shape, weight, eps = shapes.bind(("input", "normalized_shape", "weight", "eps"), args, kwargs)
-        kind, bias = "rms", None
-        eps = torch.finfo(x.dtype).eps if eps is None else eps
+    layer = func in (F.layer_norm, torch.layer_norm)
+    names = ("input", "normalized_shape", "weight", "bias", "eps") if layer else ("input", "normalized_shape", "weight", "eps")
+    x, shape, weight, *rest = shapes.bind(names, args, kwargs)
     path, rule = _rule(route, weight)
     reason = _why_float(rule, x, shape)
-    m, n = (0, 0) if x.ndim == 0 else (x.numel() // max(x.shape[-1], 1), x.shape[-1])
     if reason:
         route.refuse(rule, path, "norm", reason)
-        _record(route, path, m, n, "float", reason)
+        _record(route, path, x, "float", "", reason)
         return route.other(func, args, kwargs)
     assert rule is not None
+    kind, bias, eps = ("layer", rest[0], rest[1]) if layer else ("rms", None, rest[0])
+    eps = (1e-5 if layer else torch.finfo(x.dtype).eps) if eps is None else eps
     impl = "reference" if rule.compute == "simulate" else ""
-    _record(route, path, m, n, impl or _name(x, m, n), "")
     weight, bias = route.plain((weight, bias))
-    if not impl and route.keeps_codes() and not differentiates(x, weight, bias) and 0 not in x.shape:
+    waits = not impl and route.keeps_codes() and not differentiates(x, weight, bias) and 0 not in x.shape
+    _record(route, path, x, impl or _name(x), "codes" if waits else "values", "")
+    if waits:
         y, codes = norm_and_codes(x, weight, bias, kind, eps)
         route.keep_codes(y, codes)
         return y
@@ -52,7 +51,7 @@ def _rule(route: Route, weight: Any) -> tuple[str, Rule | None]:
     operand = route.operand(weight) if isinstance(weight, Tensor) else None
     if operand is None and isinstance(weight, Tensor):
         operand = Operand(weight)
-    path = route.path(operand) if operand is not None else "?" if _torch.is_compiling() else callsite.line_of_call()
+    path = route.path(operand) if operand is not None else callsite.line_or_none(route.policy, "norm")
     return path, route.rule(path, "norm")
 
 
@@ -61,18 +60,25 @@ def _why_float(rule: Rule | None, x: Any, shape: Any) -> str:
         return "no rule matches" if rule is None else "its rule leaves it in float"
     if not isinstance(x, Tensor) or x.is_nested or not x.is_floating_point():
         return f"the input is {getattr(x, 'dtype', type(x).__name__)}{' and nested' if isinstance(x, Tensor) and x.is_nested else ''}"
-    if torch.is_autocast_enabled(x.device.type):
+    if autocast_dtype(x) is not None:
         return "torch.autocast decides on its dtype"
-    return "" if len(shape) == 1 else f"it is over {len(shape)} dimensions"
+    sizes = [shape] if isinstance(shape, int) else list(shape)
+    return (
+        "" if sizes == list(x.shape[-1:]) and x.ndim else f"it is over {sizes} of {tuple(x.shape)}, not over the last dimension alone"
+    )
 
 
-def _name(x: Tensor, m: int, n: int) -> str:
-    m, n = _torch.number(m), _torch.number(n)
+def _name(x: Tensor) -> str:
+    n = _torch.number(x.shape[-1])
+    m = _torch.number(x.numel()) // max(n, 1)
     return ops.select("norm", ops.Problem(x.device.type, x.dtype, 1, m, 0, n)).name if m and n else "reference"
 
 
-def _record(route: Route, path: str, m: int, n: int, ran_as: str, reason: str) -> None:
-    """A norm is no matmul: its row has no K, and "composed" and "triton" are its implementations."""
-    if route.receipt is not None and not torch.compiler.is_dynamo_compiling():
-        sizes = (_torch.number(m), _torch.number(n))
-        route.receipt.add((path, "norm", *sizes, 0, 1, ran_as, "" if reason else "codes", reason))
+def _record(route: Route, path: str, x: Any, ran_as: str, mode: str, reason: str) -> None:
+    """A norm is no matmul: its rows have no K."""
+    if route.receipt is None or torch.compiler.is_dynamo_compiling():
+        return
+    known = isinstance(x, Tensor) and not x.is_nested and x.ndim > 0
+    n = _torch.number(x.shape[-1]) if known else 0
+    m = _torch.number(x.numel()) // max(n, 1) if known else 0
+    route.receipt.add((path, "norm", m, n, 0, 1, ran_as, mode, reason))

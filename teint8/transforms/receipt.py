@@ -67,7 +67,9 @@ class Measured:
         """In dB; infinite where nothing differs."""
         if self.noise == 0.0:
             return math.inf
-        return 10 * math.log10(self.signal / self.noise) if self.signal > 0 else -math.inf
+        if math.isnan(self.noise) or math.isnan(self.signal):
+            return math.nan
+        return 10 * math.log10(self.signal / self.noise) if self.signal > 0 and self.noise < math.inf else -math.inf
 
 
 class Receipt:

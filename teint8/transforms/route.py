@@ -105,7 +105,9 @@ class Route(Recording, TorchFunctionMode):
 
     def keeps_codes(self) -> bool:
         """Whether codes of a norm's output can wait for the linear that follows."""
-        return self.shared is not None
+        if torch.compiler.is_dynamo_compiling() or self.shared is None:
+            return False
+        return not torch.is_inference_mode_enabled()  # what has no version keeps no codes
 
     def keep_codes(self, y: Tensor, codes: tuple[Tensor, Tensor]) -> None:
         """Let the linears of y take its codes (M, K) and scales (M,)."""
@@ -218,7 +220,8 @@ class Route(Recording, TorchFunctionMode):
             }
             y = ops.grouped_linear(x, value, ends, **how)
             if fields is not None:
-                self.measure(fields, y, float_call, x, 1, None)
+                behind = torch.arange(y.shape[0], device=y.device) >= ends[-1]  # of no expert: 0 here, anything in torch
+                self.measure(fields, y, lambda: float_call().masked_fill(behind.unsqueeze(-1), 0), x, 1, None)
             return y
         y = ops.linear(
             x,
@@ -230,7 +233,7 @@ class Route(Recording, TorchFunctionMode):
         y = y if cut is None else y[..., cut]
         if fields is not None:
             seen, scale = activation_of(x, rule, weight.value)
-            self.measure(fields, y, lambda: exact_product(x, whole.value, axis, bias, channels), seen, *scale)
+            self.measure(fields, y, lambda: exact_product(x, whole, axis, bias, channels), seen, *scale)
         return y
 
     def convolve(self, call: Convolution, weight: Operand, float_call: Callable[[], Any]) -> Any:
