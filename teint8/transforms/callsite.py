@@ -48,11 +48,11 @@ def line_or_none(policy: Policy, op: str) -> str:
     """
     if not _torch.is_compiling():
         return line_of_call()
-    named = [rule for rule in policy.rules if op in rule.ops and rule.path != "*"]
-    if named and not any(op in rule.ops and rule.path == "*" for rule in policy.rules[: policy.rules.index(named[0])]):
+    paths = [rule.path for rule in policy.rules if op in rule.ops]
+    if paths and paths[0] != "*":
         raise RuntimeError(
-            f"teint8: a rule with the path {named[0].path!r} names a line of code, and compiled code has none: a call of {op} without a weight is not found by "
-            "its path there. Give the rule the path '*', or run this part in eager mode"
+            f"teint8: a rule for {op} has the path {paths[0]!r}, which names a line of code, and compiled code has none. Give the rule "
+            "the path '*', or run this part in eager mode"
         )
     return "?"
 
