@@ -5,10 +5,25 @@ from teint8._version import __version__
 from teint8.autocast import te_int8_autocast
 from teint8.policy import Policy, Quant, Rule
 from teint8.qtensor import QTensor
-from teint8.transforms import Comparison, Receipt, Record, compare, correct_bias, explain, fold_batchnorm, pack, quantize, unpack
+from teint8.transforms import (
+    Comparison,
+    PackedFile,
+    Receipt,
+    Record,
+    compare,
+    correct_bias,
+    explain,
+    fold_batchnorm,
+    load_packed,
+    pack,
+    quantize,
+    save_packed,
+    unpack,
+)
 
 __all__ = [
     "Comparison",
+    "PackedFile",
     "Policy",
     "QTensor",
     "Quant",
@@ -20,10 +35,12 @@ __all__ = [
     "correct_bias",
     "explain",
     "fold_batchnorm",
+    "load_packed",
     "numerics",
     "ops",
     "pack",
     "quantize",
+    "save_packed",
     "te_int8_autocast",
     "unpack",
 ]

@@ -1,6 +1,7 @@
 """Policy: which calls run in INT8, and how. Frozen data: it is matched by ``teint8.transforms`` and changes nothing."""
 
 import dataclasses
+import json
 from typing import Any, Literal
 
 OPS = ("linear", "matmul", "activation_matmul", "conv", "embedding", "recurrent", "attention", "norm")
@@ -216,6 +217,35 @@ class Policy:
         _one_of("Policy.preset", "name", name, presets)
         policy: Policy = getattr(Policy, name)()
         return policy
+
+    def to_json(self) -> str:
+        """The rules as JSON, which ``from_json`` reads.
+
+        Example:
+            >>> Policy.from_json(Policy.training().to_json()) == Policy.training()
+            True
+
+        """
+        return json.dumps([dataclasses.asdict(rule) for rule in self.rules])
+
+    @staticmethod
+    def from_json(text: str) -> "Policy":
+        """The policy that ``to_json`` wrote.
+
+        Raises:
+            ValueError: not JSON, or no list of rules. TypeError: a field that a rule does not have.
+
+        """
+        rules = json.loads(text)
+        if not isinstance(rules, list) or not all(isinstance(rule, dict) for rule in rules):
+            raise ValueError(f"Policy.from_json: {text[:60]!r}; a list of rules is needed, as Policy.to_json writes it")
+        quants = ("weight", "activation", "gradient")
+        made = []
+        for rule in rules:
+            fields: dict[str, Any] = {**rule, "ops": tuple(rule.get("ops", ()))}
+            fields |= {key: Quant(**fields[key]) for key in quants if isinstance(fields.get(key), dict)}
+            made.append(Rule(**fields))
+        return Policy(made)
 
     def __repr__(self) -> str:
         return "Policy([" + "".join(f"\n    {rule!r}," for rule in self.rules) + ("\n])" if self.rules else "])")
