@@ -36,6 +36,7 @@ NAMES = (
     "efficientnet",
     "efficientnet_agreement",
     "qat",
+    "files",
     "families",
 )
 
