@@ -5,6 +5,7 @@ node by node: it is run once, under a route like that of ``quantize``, while AOT
 """
 
 import copy
+import difflib
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -150,6 +151,10 @@ def _read(options: dict[str, Any]) -> tuple[_How, dict[str, Any]]:
     ):
         if value is not None and not isinstance(value, kind):
             raise TypeError(f"torch.compile(backend='teint8'): the option {name} is {value!r}; {hint}")
+    for name in options:
+        close = difflib.get_close_matches(name, _OURS, 1, 0.7)
+        if name not in _OURS and close and not hasattr(torch._inductor.config, name):
+            raise ValueError(f"torch.compile(backend='teint8'): there is no option {name!r}; did you mean {close[0]!r}?")
     how = _How(Policy.qat() if policy is None else policy, training, strict, receipt, params)
     return how, {name: value for name, value in options.items() if name not in _OURS}
 

@@ -250,3 +250,15 @@ def test_packed_weights_by_block(tmp_path) -> None:
 def test_bad_input(make, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         make()
+
+
+def test_a_policy_that_did_not_pack_the_weights_is_refused() -> None:
+    """Bits of neither policy would come out: train = serve is a promise of one."""
+    layer, x = nn.Linear(70, 8), torch.randn(2, 70)
+    params = dict(layer.named_parameters())
+    by_row, by_block = teint8.quantize(layer), teint8.quantize(layer, _policy(32))
+    with pytest.raises(ValueError, match=r"weight was packed with a scale for each row, and its rule wants Quant\('block', block=32\)"):
+        by_block(teint8.pack(by_row, params), x)
+    with pytest.raises(ValueError, match=r"weight was packed with a scale for each 32 values, and its rule wants Quant\('row'\)"):
+        by_row(teint8.pack(by_block, params), x)
+    assert [r.mode for r in teint8.explain(by_block, params, x)] == ["W8A8 by 32"]

@@ -822,6 +822,9 @@ def test_bad_options_and_strict() -> None:
 
 def test_options_of_inductor_are_handed_on() -> None:
     model, x = _exact("cpu")
+    with pytest.raises(Exception, match="there is no option 'polcy'; did you mean 'policy'"):
+        _compiled(model, polcy=Policy.qat())(x)
+    torch._dynamo.reset()
     with pytest.raises(Exception, match="no_such_option"):
         _compiled(model, no_such_option=1)(x)
     torch._dynamo.reset()

@@ -222,3 +222,24 @@ def test_minilm(tmp_path: pathlib.Path) -> None:
         want, got = (qfn((p, buffers), **batch).last_hidden_state for p in (packed, loaded.params))
     assert different(got, want) == 0
     assert file.stat().st_size < 0.65 * sum(p.nbytes for p in params.values())  # the table of words stays float
+
+
+def test_arguments_that_are_mixed_up(tmp_path: pathlib.Path) -> None:
+    qfn, packed, x, _ = _packed()
+    file = tmp_path / "a.safetensors"
+    with pytest.raises(TypeError, match=r"write save_packed\(path, params\)"):
+        teint8.save_packed(packed, file)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"policy is 'qat'; a Policy is needed"):
+        teint8.save_packed(file, packed, policy="qat")  # type: ignore[arg-type]
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        teint8.save_packed(tmp_path / "none" / "a.safetensors", packed)
+    with pytest.raises(ValueError, match="is a folder"):
+        teint8.load_packed(tmp_path)
+    files = teint8.save_packed(file, packed, shard_bytes=1000)
+    with pytest.raises(ValueError, match="is one of several files"):
+        teint8.load_packed(files[0])
+    one = nn.Linear(4, 4)
+    (single,) = teint8.save_packed(tmp_path / "one.safetensors", teint8.pack(teint8.quantize(one), dict(one.named_parameters())))
+    with pytest.raises(TypeError, match=r"of what load_packed returns give \.params"):
+        teint8.quantize(one)(teint8.load_packed(single), torch.ones(1, 4))
+    assert qfn is not None and x is not None

@@ -167,3 +167,11 @@ def test_a_comparison_makes_no_lines_of_its_own() -> None:
     qfn, params = teint8.quantize(conv), dict(conv.named_parameters())
     receipt = teint8.explain(qfn, teint8.pack(qfn, params), x)
     assert receipt.int8_calls == receipt.calls == 1 and receipt.records[0].sqnr > 30  # type: ignore[operator]
+
+
+def test_calls_of_two_lines_of_one_file_are_alike() -> None:
+    q = torch.randn(1, 2, 5, 8)
+    policy = Policy([Rule(ops=("attention",))])
+    first = teint8.explain(teint8.quantize(lambda p, q: F.scaled_dot_product_attention(q, q, q), policy), {}, q)
+    second = teint8.explain(teint8.quantize(lambda p, q: F.scaled_dot_product_attention(q, q, q), policy), {}, q)
+    assert first.records[0].path != second.records[0].path and teint8.compare(first, second).changed == ()

@@ -66,7 +66,13 @@ def save_packed(
         True
 
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"save_packed: path is {type(path).__name__}; write save_packed(path, params), the path first")
+    if policy is not None and not isinstance(policy, Policy):
+        raise TypeError(f"save_packed: policy is {policy!r}; a Policy is needed, such as Policy.qat()")
     path = pathlib.Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"save_packed: there is no folder {path.parent}; make it first")
     tensors: dict[str, Tensor] = {}
     leaves: dict[str, dict[str, Any]] = {}
     tree = _skeleton(params, "", tensors, leaves)
@@ -101,11 +107,17 @@ def load_packed(path: str | os.PathLike[str], *, device: str | torch.device = "c
         FileNotFoundError: there is no such file. ValueError: it is no file of ``save_packed``, of a version that this one does not
             know, truncated or edited; the message says which. ImportError: safetensors is not installed.
 
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     (file,) = save_packed(folder + "/w.safetensors", {"w": torch.ones(2)}, policy=Policy.qat())
+        ...     params, policy = load_packed(file)
+        >>> params, policy == Policy.qat()
+        ({'w': tensor([1., 1.])}, True)
+
     """
     path = pathlib.Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"load_packed: there is no file {path}")
-    files = _indexed(path) if path.name.endswith(".json") else [path]
+    files = _files_of(path)
     tensors: dict[str, Tensor] = {}
     whole: dict[str, Any] | None = None
     for file in files:
@@ -127,6 +139,14 @@ def load_packed(path: str | os.PathLike[str], *, device: str | torch.device = "c
         raise _bad(path, f"its tree does not name the tensor {next(iter(tensors))!r}")
     policy = whole["policy"]
     return PackedFile(params, None if policy is None else _policy_of(policy, path))
+
+
+def _files_of(path: pathlib.Path) -> list[pathlib.Path]:
+    if not path.exists():
+        raise FileNotFoundError(f"load_packed: there is no file {path}")
+    if path.is_dir():
+        raise ValueError(f"load_packed: {path} is a folder; give the file in it, or its .index.json")
+    return _indexed(path) if path.name.endswith(".json") else [path]
 
 
 def _skeleton(node: Any, path: str, tensors: dict[str, Tensor], leaves: dict[str, dict[str, Any]]) -> Any:
@@ -177,6 +197,10 @@ def _rebuilt(node: Any, leaves: Any, tensors: dict[str, Tensor], file: pathlib.P
 
 
 def _taken(tensors: dict[str, Tensor], name: str, file: pathlib.Path) -> Tensor:
+    if name not in tensors and "-of-" in file.name:
+        raise ValueError(
+            f"load_packed: {file} is one of several files; load them by their index, {file.stem.split('-')[0]}*.index.json"
+        )
     if name not in tensors:
         raise _bad(file, f"the tensor {name!r} is missing")
     return tensors.pop(name)
@@ -199,7 +223,7 @@ def _shards(tensors: dict[str, Tensor], limit: int | None) -> list[list[str]]:
     size = 0
     for name, t in tensors.items():
         if t.nbytes > limit:
-            raise ValueError(f"save_packed: {name} has {t.nbytes} bytes, more than shard_bytes={limit}")
+            raise ValueError(f"save_packed: {name} has {t.nbytes} bytes, more than shard_bytes={limit}; give at least that many")
         if size + t.nbytes > limit:
             shards.append([])
             size = 0

@@ -38,7 +38,8 @@ def normalize(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
     eps = (1e-5 if layer else torch.finfo(x.dtype).eps) if eps is None else eps
     impl = "reference" if rule.compute == "simulate" else ""
     weight, bias = route.plain((weight, bias))
-    waits = not impl and route.keeps_codes() and not differentiates(x, weight, bias) and 0 not in x.shape
+    by_row = rule.activation is not None and rule.activation.granularity == "row" and rule.activation.scale == "dynamic"
+    waits = by_row and not impl and route.keeps_codes() and not differentiates(x, weight, bias) and 0 not in x.shape
     _record(route, path, x, impl or _name(x), "codes" if waits else "values", "")
     if waits:
         y, codes = norm_and_codes(x, weight, bias, kind, eps)

@@ -187,7 +187,7 @@ def quantized(qfn: Any) -> Any:
     while isinstance(getattr(target, "policy", None), Policy):  # torch.compile wraps what quantize made
         target = getattr(target, "__wrapped__", None)
     if target is None or not isinstance(getattr(qfn, "policy", None), Policy):
-        raise TypeError(f"{qfn!r} is not a quantized function; make one with teint8.quantize(model)")
+        raise TypeError(f"{type(qfn).__name__} is not a quantized function; make one with teint8.quantize(model)")
     return target
 
 
@@ -244,9 +244,10 @@ def check_params(module: nn.Module, groups: tuple[Any, ...], complete: bool = Tr
     """Raise for params that are not those of the module: unknown or (where they must be ``complete``) missing names, other shapes."""
     for group in groups:
         if not isinstance(group, Mapping):
+            of_a_file = "; of what load_packed returns give .params" if group is None or isinstance(group, Policy) else ""
             raise TypeError(
                 f"quantized {type(module).__name__}: params is a {type(group).__name__}; a dict of tensors by name is needed, "
-                "dict(model.named_parameters()), or a tuple of such dicts: (params, buffers)"
+                f"dict(model.named_parameters()), or a tuple of such dicts: (params, buffers){of_a_file}"
             )
     if _torch.is_compiling():
         return

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from teint8 import _torch, ops
+from teint8.numerics import block_of
 from teint8.ops.raw import problem_of
 from teint8.policy import Rule
 from teint8.qtensor import QTensor
@@ -39,6 +40,19 @@ def why_float(op: str, rule: Rule | None, x: Any, weight: Operand, axis: int) ->
 def by_block(rule: Rule) -> bool:
     """Whether a rule quantizes an operand by block."""
     return any(quant is not None and quant.granularity == "block" for quant in (rule.weight, rule.activation))
+
+
+def check_packing(path: str, rule: Rule, value: Any) -> None:
+    """Raise for a weight that was packed by other blocks than its rule wants: the bits would be those of neither policy."""
+    if not isinstance(value, QTensor) or not isinstance(value.axis, int) or rule.weight is None:
+        return
+    k, wanted = value.shape[value.axis], block_of(rule.weight.grouping)
+    if value.block != (wanted if k > wanted else 0):
+        packed = f"a scale for each {value.block} values" if value.block else "a scale for each row"
+        raise ValueError(
+            f"{path} was packed with {packed}, and its rule wants Quant({rule.weight.granularity!r}"
+            f"{f', block={wanted}' if wanted else ''}): pack the float weights by this policy, or use the policy that packed them"
+        )
 
 
 def problem_or_none(x: Any, weight: Operand, call: Convolution) -> Any:
@@ -92,15 +106,16 @@ def why_not_grouped(rule: Rule | None) -> str:
 
 
 def mode_of(rule: Rule, grouped: bool = False) -> str:
-    """What a rule asks for, as the receipt says it: "W8A8", "W8A16", with "dX" and "dW" where the backward is INT8 too.
+    """What a rule asks for, as the receipt says it: "W8A8", "W8A8 by 32", "W8A16", with "dX" and "dW" where the backward is INT8.
 
     The dW of a mixture of experts (``grouped``) is in float.
     """
+    blocks = next((f" by {q.block}" for q in (rule.weight, rule.activation) if q is not None and q.granularity == "block"), "")
     if rule.activation is None:
-        return "W8A16"
+        return f"W8A16{blocks}"
     if rule.gradient is None:
-        return "W8A8"
-    return "W8A8 dX dW" if rule.wgrad == "int8" and not grouped else "W8A8 dX"
+        return f"W8A8{blocks}"
+    return f"W8A8{blocks} dX dW" if rule.wgrad == "int8" and not grouped else f"W8A8{blocks} dX"
 
 
 def ran_as_of(x: Tensor, value: Any, rule: Rule, grouped: bool) -> str:

@@ -161,8 +161,10 @@ class Receipt:
         if not found:
             raise ValueError("Receipt.plot: no SQNR was measured; teint8.explain(qfn, params, ...) measures, a context does not")
         if axes is None:
-            from matplotlib import pyplot
-
+            try:
+                from matplotlib import pyplot
+            except ImportError as error:
+                raise ImportError("Receipt.plot: matplotlib is not installed: pip install matplotlib") from error
             _, axes = pyplot.subplots(figsize=(6, 1 + 0.2 * len(found)))
         names, values = zip(*reversed(found), strict=True)
         axes.barh(range(len(found)), values, color=["tab:red" if v < 30 else "tab:blue" for v in values])

@@ -15,6 +15,8 @@ from teint8.transforms.costs import bytes_of
 from teint8.transforms.operands import Operand
 from teint8.transforms.receipt import Receipt
 
+_DEFAULT_OPS = Rule().ops
+
 
 class Recording:
     """Notes calls; ``Route`` decides on them.
@@ -35,8 +37,9 @@ class Recording:
     def refuse(self, rule: Rule | None, path: str, op: str, reason: str) -> None:
         """Raise, in strict mode, for a call that stays float though its rule wants INT8."""
         if self.strict and rule is not None and rule.weight is not None:
+            ops = "" if op in _DEFAULT_OPS else f"ops=({op!r},), "
             raise ValueError(
-                f"strict: {path} ({op}) cannot run in INT8: {reason}. Leave it in float with Rule({path!r}, weight=None) "
+                f"strict: {path} ({op}) cannot run in INT8: {reason}. Leave it in float with Rule({path!r}, {ops}weight=None) "
                 "before the other rules, or leave strict off"
             )
 

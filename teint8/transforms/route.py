@@ -22,6 +22,7 @@ from teint8.transforms.costs import activation_of, exact_product
 from teint8.transforms.operands import Operand
 from teint8.transforms.reasons import (
     autocast_dtype,
+    check_packing,
     kernel_of,
     mode_of,
     problem_or_none,
@@ -192,6 +193,7 @@ class Route(Recording, TorchFunctionMode):
             self.record(path, op, x, weight, axis, rows, "float", "", reason)
             return float_call()
         assert rule is not None and rule.weight is not None
+        check_packing(path, rule, weight.value)
         layout = -3 - axis if weight.transposed else axis
         whole, channels = weight, rows
         weight = self.packed(weight, layout, rule.weight.grouping)
