@@ -39,10 +39,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _tune(sizes: list[tuple[int, int, int]]) -> int:
-    from teint8.ops import cuda
+    from teint8.ops import tuning
 
     try:
-        print(f"kept in {cuda.tune(sizes)}")
+        print(f"kept in {tuning.tune(sizes)}")
     except (RuntimeError, ValueError) as error:
         print(error)
         return 1

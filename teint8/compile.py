@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from teint8 import _torch
-from teint8.ops import cuda
+from teint8.ops import tuning
 from teint8.policy import OPS, Policy, Rule, glob
 from teint8.qtensor import QTensor
 from teint8.transforms.graphs import enables_gradients, has_matmuls, hidden_matmuls, names, weights_of
@@ -43,7 +43,7 @@ def backend(gm: fx.GraphModule, inputs: Sequence[Any], *, mode: str | None = Non
     Args:
         gm: the graph. inputs: its example inputs.
         mode: one of torch.compile's ("reduce-overhead", "max-autotune", ...), handed on to Inductor. Under "max-autotune" the tiles of
-            the INT8 matmuls are measured, too, where this machine has not done so before (``teint8.ops.cuda.tune``).
+            the INT8 matmuls are measured, too, where this machine has not done so before (``teint8.ops.tuning.tune``).
         options: ``policy`` (``Policy.qat()`` unless given), ``training`` (True: weights are quantized in the graph, from floats; False:
             they are packed once, as by ``te_int8_autocast(training=False)``, but for those that want a gradient; unless given, as
             gradients are enabled or not), ``strict``,
@@ -79,7 +79,7 @@ def backend(gm: fx.GraphModule, inputs: Sequence[Any], *, mode: str | None = Non
         _check_paths(how.policy)
     gpu = next((t.device for t in inputs if isinstance(t, Tensor) and t.is_cuda), None)
     if (mode or "").startswith("max-autotune") and gpu is not None:
-        cuda.tune_new(program.problems(inputs), gpu)
+        tuning.tune_new(program.problems(inputs), gpu)
     extras = program.packable(inputs)
     whole = program.as_graph(extras)
     compiled = _torch.inductor(whole, [*inputs, *program.fakes(inputs, extras)], mode, inductor)

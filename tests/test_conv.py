@@ -549,11 +549,11 @@ def test_sizes_that_change_compile_nothing_anew(device) -> None:
 
 
 def test_weights_are_quantized_once_for_all_microbatches(device, monkeypatch) -> None:
-    from teint8 import autocast
+    from teint8.transforms import weight_codes
 
     made = []
-    original = autocast.kernel_codes
-    monkeypatch.setattr(autocast, "kernel_codes", lambda *args: made.append(1) or original(*args))
+    original = weight_codes.kernel_codes
+    monkeypatch.setattr(weight_codes, "kernel_codes", lambda *args: made.append(1) or original(*args))
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 4, 3, groups=2)).to(device)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     with te_int8_autocast():

@@ -41,11 +41,11 @@ def test_what_is_kept_is_found_for_like_problems_alone(monkeypatch: pytest.Monke
 
 
 def test_cublas_is_chosen_where_it_was_measured_to_be_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    from teint8.ops import cuda, registry
+    from teint8.ops import cuda_reasons, registry
 
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(cuda, "why_not_triton", lambda: None)
+    monkeypatch.setattr(cuda_reasons, "why_not_triton", lambda: None)
     monkeypatch.setattr(hopper, "why_not", lambda device, k: "not here")
     problem = registry.Problem("cuda", torch.bfloat16, 1, 128, 64, 32)
     registry.choose_anew()

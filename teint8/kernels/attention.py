@@ -1,7 +1,5 @@
 """INT8 attention in Triton (``teint8.attentions``): scores stay in registers, and keys are read twice."""
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -12,17 +10,9 @@ from teint8.kernels.activation import INTERPRETING, reciprocal
 from teint8.kernels.dependent import wait
 from teint8.kernels.int8_mm import major_of
 from teint8.kernels.launch import Launch, on
+from teint8.kernels.tiles import Tile
 
 NEGATIVE_INFINITY = tl.constexpr(float("-inf"))
-
-
-class Config(NamedTuple):
-    """A tile of rows and keys, and how many warps and pipeline stages work on it."""
-
-    block_m: int
-    block_n: int
-    warps: int
-    stages: int
 
 
 @triton.jit
@@ -144,16 +134,16 @@ def _attention_kernel(
 _launch = Launch(_attention_kernel)
 
 
-def config_of(d: int, masked: bool, major: int = 9) -> Config:
+def config_of(d: int, masked: bool, major: int = 9) -> Tile:
     """The tile for heads of width d: on Hopper the faster ones that were measured, elsewhere those that spill no registers."""
     if d > 128:
-        return Config(32, 32, 4, 2) if masked else Config(64, 64, 8, 2)
-    return Config(64, 128, 4, 3) if major == 9 and not masked else Config(64, 64, 8, 2)
+        return Tile(32, 32, 4, 2) if masked else Tile(64, 64, 8, 2)
+    return Tile(64, 128, 4, 3) if major == 9 and not masked else Tile(64, 64, 8, 2)
 
 
 def attention(
     q: Tensor, qs: Tensor, k: Tensor, ks: Tensor, v: Tensor, vs: Tensor, mask: Tensor | None, causal: bool, scale: float,
-    dtype: torch.dtype, config: Config | None = None,
+    dtype: torch.dtype, config: Tile | None = None,
 ) -> Tensor:  # fmt: skip
     """(B, H, M, E) from codes, as ``attentions.value``; ``config`` overrides the tile, and no result depends on it."""
     (b, h, m, d), (g, s), e, device = q.shape, k.shape[1:3], v.shape[2], q.device

@@ -1,7 +1,5 @@
 """INT8 matmul in Triton whose operands have a scale for each block along K (``numerics.int8_block_mm``)."""
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -10,15 +8,7 @@ from torch import Tensor
 from teint8.kernels.activation import INTERPRETING
 from teint8.kernels.dependent import wait
 from teint8.kernels.launch import Launch, on
-
-
-class Config(NamedTuple):
-    """A tile, and how many warps and pipeline stages work on it."""
-
-    block_m: int
-    block_n: int
-    warps: int
-    stages: int
+from teint8.kernels.tiles import Tile, place
 
 
 @triton.jit
@@ -31,11 +21,9 @@ def _block_mm_kernel(
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
     tile = tl.program_id(0)
-    first = tile // (GROUP * tiles_n) * GROUP
-    height = tl.minimum(tiles_m - first, GROUP)
-    inner = tile % (GROUP * tiles_n)
-    rows = (first + inner % height) * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = (inner // height) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tile_m, tile_n = place(tile, tiles_m, tiles_n, GROUP)
+    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     in_m = rows < M
     in_n = columns < N
     # rows past the end read row 0: their results are not stored
@@ -64,13 +52,13 @@ def _block_mm_kernel(
 _launch = Launch(_block_mm_kernel)
 
 
-def config_of(m: int) -> Config:
+def config_of(m: int) -> Tile:
     """The tile for m rows: sums in float32 beside those in int32 take registers."""
-    return Config(16, 64, 4, 4) if m <= 16 else Config(64, 64, 4, 3) if m <= 128 else Config(128, 64, 8, 3)
+    return Tile(16, 64, 4, 4) if m <= 16 else Tile(64, 64, 4, 3) if m <= 128 else Tile(128, 64, 8, 3)
 
 
 def block_mm(
-    xq: Tensor, xs: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None, block: int, dtype: torch.dtype, config: Config | None = None
+    xq: Tensor, xs: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None, block: int, dtype: torch.dtype, config: Tile | None = None
 ) -> Tensor:
     """(M, N) from codes (M, K) and (N, K), scales (M, B) and (N, B); ``config`` overrides the tile, and no result depends on it."""
     (m, k), n, device = xq.shape, wq.shape[0], xq.device

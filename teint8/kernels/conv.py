@@ -11,6 +11,7 @@ from torch import Tensor
 from teint8.kernels.dependent import wait
 from teint8.kernels.int8_mm import Config, config_of, major_of
 from teint8.kernels.launch import Launch, on
+from teint8.kernels.tiles import place
 
 
 @triton.jit
@@ -39,11 +40,9 @@ def _conv_kernel(
     tiles_n = tl.cdiv(N, BLOCK_N)
     group = tl.program_id(0) // (tiles_m * tiles_n)
     tile = tl.program_id(0) % (tiles_m * tiles_n)
-    first = tile // (GROUP * tiles_n) * GROUP
-    height = tl.minimum(tiles_m - first, GROUP)
-    inner = tile % (GROUP * tiles_n)
-    rows = (first + inner % height) * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = (inner // height) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tile_m, tile_n = place(tile, tiles_m, tiles_n, GROUP)
+    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     in_m = rows < M
     in_n = columns < N
     b, od, oh, ow = _pixel(tl.where(in_m, rows, 0), OD, OH, OW)

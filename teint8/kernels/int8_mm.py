@@ -10,6 +10,7 @@ from torch import Tensor
 
 from teint8.kernels.dependent import wait
 from teint8.kernels.launch import Launch, on
+from teint8.kernels.tiles import place
 from teint8.numerics import MAX_INT32_K
 
 
@@ -76,12 +77,9 @@ def _int8_mm_kernel(
     # one dimension of the grid for both: the second one ends at 65535
     batch = (tl.program_id(0) // (tiles_m * tiles_n)).to(tl.int64)
     tile = tl.program_id(0) % (tiles_m * tiles_n)
-    # tiles go in groups of GROUP rows of tiles, so that what they read is still in the L2 cache
-    first = tile // (GROUP * tiles_n) * GROUP
-    height = tl.minimum(tiles_m - first, GROUP)
-    inner = tile % (GROUP * tiles_n)
-    rows = (first + inner % height) * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = (inner // height) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tile_m, tile_n = place(tile, tiles_m, tiles_n, GROUP)
+    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     ks = tl.arange(0, BLOCK_K)
     # rows past the end read row 0 instead of being masked: their results are not stored
     xr = tl.where(rows < M, rows, 0).to(tl.int64)

@@ -16,7 +16,7 @@ from teint8 import _torch, numerics
 from teint8.ops.conv_layout import Codes, Shape, activation_codes, by_channel, from_rows, kernel_codes, spread
 from teint8.ops.linear import differentiates, keeps
 from teint8.ops.raw_conv import Window, int8_conv
-from teint8.ops.straight import finished, hat, unclipped
+from teint8.ops.straight import finished, hat, moved, unclipped
 
 
 class _How(NamedTuple):
@@ -62,27 +62,6 @@ def _float_backward(g: Tensor, x: Tensor, w: Tensor, shape: Shape, needed: tuple
     where = (list(shape.stride), list(shape.padding), list(shape.dilation), shape.transposed, outs, shape.groups)
     dx, dw, _ = torch.ops.aten.convolution_backward(g, x, w, [0], *where, [*needed, False])
     return [dx, dw]
-
-
-class _Instead(torch.autograd.Function):
-    """The values of one tensor with the derivatives of another."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(moves: Tensor, value: Tensor) -> Tensor:
-        return value.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None: ...
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
-        return g, None
-
-    @staticmethod
-    def jvp(ctx: Any, moves: Tensor, _: Any) -> Tensor:  # type: ignore[override]
-        return moves.clone()
 
 
 def _x_hat(x: Tensor | None, codes: Tensor, scale: Tensor, clipped: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -197,10 +176,7 @@ def _gradients(saved: Any, sizes: Any, needed: Any, how: _How, g: Tensor) -> lis
 
 def _instead(moves: Tensor | None, value: Tensor, how: _How) -> Tensor:
     """A gradient in INT8; where residuals are kept it moves as the one in float does."""
-    if moves is None or not how.keep:
-        return value
-    y: Tensor = _Instead.apply(moves, value)
-    return y
+    return value if moves is None or not how.keep else moved(value, moves)
 
 
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]  # as for the linear: Dynamo must not trace the Function

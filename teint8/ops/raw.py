@@ -139,9 +139,9 @@ def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
     """
     if codes.is_cuda and direct(codes, scale) and codes.numel() > 0:
-        from teint8.ops import cuda
+        from teint8.ops import cuda, cuda_reasons
 
-        if cuda.why_not_triton() is None:
+        if cuda_reasons.why_not_triton() is None:
             return cuda.dequantize(codes, scale, dtype)
     return numerics.dequantize(codes, scale, dtype)
 
@@ -149,13 +149,10 @@ def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 def weight_only_mm(x: Tensor, w_codes: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """W8A16: floats x (..., K) by a weight of codes (N, K), or (B, M, K) by (B, N, K); a float matmul: no contract of bits."""
     if x.is_cuda and x.ndim == w_codes.ndim == 2 and direct(x, w_codes, w_scale, bias) and w_codes.numel() > 0:
-        from teint8.ops import cuda
+        from teint8.ops import cuda, cuda_reasons
 
-        y = (
-            None
-            if cuda.why_not_triton()
-            else cuda.weight_only(x.detach(), w_codes, w_scale, None if bias is None else bias.detach(), dtype)
-        )
+        b = None if bias is None else bias.detach()
+        y = cuda.weight_only(x.detach(), w_codes, w_scale, b, dtype) if cuda_reasons.why_not_triton() is None else None
         if y is not None:
             return y
     y = x @ dequantize(w_codes, w_scale, dtype).mT
