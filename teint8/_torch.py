@@ -59,6 +59,13 @@ def are_plain(*tensors: Tensor | None) -> bool:
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
+def unwrapped(x: Tensor) -> Tensor:
+    """What torch.func's transforms wrap in ``x``."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x
+
+
 class _Dispatched(threading.local):
     """By thread, whether an op of ours is being run by the dispatcher."""
 

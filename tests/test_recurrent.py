@@ -178,3 +178,9 @@ def test_laying_weights_out_for_cudnn_is_no_use_of_them() -> None:
     want = _all(qfn(params, xs))
     layer.lays_out = True  # cuDNN is not asked to do that with codes
     assert [different(a, b) for a, b in zip(_all(qfn(packed, xs)), want, strict=True)] == [0] * 3
+    # torch itself raises under torch.func there: what grad wraps has no address of its own
+    grads = torch.func.grad(lambda p: _all(qfn(p, xs))[0].square().sum())(params)
+    plain = nn.LSTM(12, 20)
+    plain.load_state_dict(params)
+    of_plain = torch.func.grad(lambda p: _all(teint8.quantize(plain, STEPS)(p, xs))[0].square().sum())(params)
+    assert all(torch.equal(grads[n], of_plain[n]) and float(grads[n].norm()) > 0 for n in params)

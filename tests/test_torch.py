@@ -18,6 +18,12 @@ def test_transforms_are_seen() -> None:
     assert seen == [(False, False, True), (True, False, False), (True, False, False), (True, True, False), (True, True, False)]
 
 
+def test_what_transforms_wrap_is_found() -> None:
+    x, found = torch.ones(2, 3), []
+    grad(lambda x: vmap(lambda row: (found.append(_torch.unwrapped(row).data_ptr()), row.sum())[1])(x).sum())(x)
+    assert found == [x.data_ptr()] and _torch.unwrapped(x) is x
+
+
 def test_forward_ad_modes_and_subclasses_are_seen() -> None:
     assert _torch.forward_ad_level() == -1 and _torch.no_dispatch_modes()
     with torch.autograd.forward_ad.dual_level():

@@ -228,9 +228,9 @@ def _cell(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _layout(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
-    """Weights of a recurrent layer are laid out for cuDNN, which is no use of them; codes stay where they are."""
-    packed = [w for w in args[0] if isinstance((route.operand(w) or Operand(w)).value, QTensor)]
-    return None if packed else func(*args, **kwargs)
+    """Weights of a recurrent layer are laid out for cuDNN, no use of them; codes, and what torch.func wraps, stay as they are."""
+    packed = any(isinstance((route.operand(w) or Operand(w)).value, QTensor) for w in args[0])
+    return None if packed or _torch.in_transform() else func(*args, **kwargs)
 
 
 def _data(route: Route, func: Any, args: Any, kwargs: Any) -> Any:

@@ -70,6 +70,8 @@ class BoundRoute(Route):
                 value = first.value if isinstance(first.value, QTensor) else result
                 self.known[result] = Operand(value, first.path, not first.transposed, first.held)
                 return result
+        if first is not None and func is Tensor.data_ptr:  # nn.LSTM asks on a GPU, also under torch.func, whose wrappers have none
+            return _torch.unwrapped(args[0]).data_ptr()
         if not self.packed_leaves or (first is not None and looks(func)):
             packed = first is not None and isinstance(first.value, QTensor)
             # method wrappers are made anew at each access: they are equal, not the same
