@@ -71,15 +71,11 @@ def report(name: str, arch: int, compiled) -> None:
         tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
         text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
     registers, stack = (int(v) for v in re.search(r"REG:(\d+) STACK:(\d+)", text).groups())
-    before, waits, _ = compiled.asm["ptx"].partition("griddepcontrol.wait")
-    touched = [word for word in ("ld.global", "st.global", "cp.async", "red.global", "atom.global") if word in before]
-    line = {"kernel": name, "arch": arch, "registers": registers, "stack": stack, "shared": compiled.metadata.shared,
-            "waits": bool(waits), "touched before": touched}  # fmt: skip
+    line = {"kernel": name, "arch": arch, "registers": registers, "stack": stack, "shared": compiled.metadata.shared}
     print(json.dumps(line), flush=True)
 
 
 def core(name: str, arch: int, kernel, constants: dict, overrides: dict | None = None, **options) -> None:
-    constants = {**constants, "DEPENDENT": arch >= 90}
     kinds, attributes = signature(kernel, constants, overrides or {})
     names = [p.name for p in kernel.params]
     source = ASTSource(kernel, kinds, {(names.index(n),): v for n, v in constants.items()}, attributes)
@@ -100,7 +96,7 @@ def gluon(name: str, tile: hopper.Tile, tma: bool, split: int = 1, two: bool = F
     constants = dict(
         PROGRAMS=132, CONSUMERS=tile.consumers, GROUP=tile.group, STAGES=tile.stages, PART=part, BUFFERS=tile.buffers,
         REGISTERS=tile.registers, SCALES_FIRST=tile.scales_first and not added,
-        BIAS=added, RESIDUAL=added, TMA_STORE=tma, SPLIT=split, TWO=two, EVEN=even, DEPENDENT=True,
+        BIAS=added, RESIDUAL=added, TMA_STORE=tma, SPLIT=split, TWO=two, EVEN=even,
     )  # fmt: skip
     overrides = {"x_desc": x, "w_desc": w, "u_desc": w, "y_desc": y, "y_ptr": "*i32" if split > 1 else "*bf16"}
     kinds, attributes = signature(kernel, constants, overrides)

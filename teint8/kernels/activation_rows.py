@@ -8,7 +8,6 @@ import triton.language as tl
 from torch import Tensor
 
 from teint8.kernels.activation import INTERPRETING, rounded
-from teint8.kernels.dependent import wait
 from teint8.kernels.launch import Launch, alignment, on
 from teint8.kernels.quantize import code_bits, mixed_seed, noise_key, noise_of, shrunk
 from teint8.kernels.quantize_both import alike, dense
@@ -39,9 +38,8 @@ def _activation_rows_kernel(
     g_ptr, u_ptr, d_ptr, codes0_ptr, scale0_ptr, value0_ptr, codes1_ptr, scale1_ptr, value1_ptr, seed_ptr, M, N,
     stride_gb, stride_gm, stride_db, stride_dm, stride_vm,
     KIND: tl.constexpr, GATED: tl.constexpr, BACKWARD: tl.constexpr, OUTPUTS: tl.constexpr, CODES: tl.constexpr, VALUES: tl.constexpr,
-    STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
+    STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    wait(DEPENDENT)
     row = tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
     n = tl.arange(0, BLOCK)

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from teint8.attentions import LOG2E
 from teint8.kernels.activation import INTERPRETING, reciprocal
-from teint8.kernels.dependent import wait
 from teint8.kernels.int8_mm import major_of
 from teint8.kernels.launch import Launch, on
 from teint8.kernels.tiles import Tile
@@ -65,9 +64,8 @@ def _attention_kernel(
     q_ptr, a_ptr, k_ptr, ks_ptr, v_ptr, vs_ptr, vsum_ptr, mask_ptr, y_ptr, HEADS, SHARE, M, S, D, E,
     stride_mb, stride_mh, stride_mm, stride_ms,
     CAUSAL: tl.constexpr, MASK: tl.constexpr, EVEN: tl.constexpr, EVEN_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, DEPENDENT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    wait(DEPENDENT)
     tiles = tl.cdiv(M, BLOCK_M)
     head = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles

@@ -6,7 +6,6 @@ import triton.language as tl
 from torch import Tensor
 
 from teint8.kernels.activation import INTERPRETING
-from teint8.kernels.dependent import wait
 from teint8.kernels.launch import Launch, on
 from teint8.kernels.tiles import Tile, place
 
@@ -15,9 +14,8 @@ from teint8.kernels.tiles import Tile, place
 def _block_mm_kernel(
     x_ptr, w_ptr, xs_ptr, ws_ptr, bias_ptr, y_ptr, M, N, K, BLOCKS,
     HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr, DEPENDENT: tl.constexpr,
+    GROUP: tl.constexpr,
 ):  # fmt: skip
-    wait(DEPENDENT)
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
     tile = tl.program_id(0)

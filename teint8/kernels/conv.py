@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from teint8.kernels.dependent import wait
 from teint8.kernels.int8_mm import Config, config_of, major_of
 from teint8.kernels.launch import Launch, on
 from teint8.kernels.tiles import place
@@ -28,14 +27,13 @@ def _conv_kernel(
     x_ptr, w_ptr, xs_ptr, ws_ptr, bias_ptr, y_ptr, M, N, C, GROUPS, SCALES, D, H, W, OD, OH, OW, KH, KW,
     step_d, step_h, step_w, before_d, before_h, before_w, hole_d, hole_h, hole_w, TAPS,
     HAS_BIAS: tl.constexpr, BY_ROW: tl.constexpr, BY_TAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, GROUP: tl.constexpr, DEPENDENT: tl.constexpr,
+    BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """x (B, D, H, W, GROUPS * C), w (GROUPS * N, TAPS, C).
 
     BY_TAP: a step of the loop lies in one tap, else it may span several. BY_ROW: what a row of the window sees lies in one
     piece, C numbers from pixel w on; TAPS are rows.
     """
-    wait(DEPENDENT)
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
     group = tl.program_id(0) // (tiles_m * tiles_n)
@@ -107,10 +105,9 @@ def _conv_kernel(
 def _depthwise_kernel(
     x_ptr, w_ptr, xs_ptr, ws_ptr, bias_ptr, y_ptr, M, C, SCALES, D, H, W, OD, OH, OW, KD, KH, KW,
     step_d, step_h, step_w, before_d, before_h, before_w, hole_d, hole_h, hole_w,
-    HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, DEPENDENT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """x (B, D, H, W, C), w (KD * KH * KW, C): one kernel a channel."""
-    wait(DEPENDENT)
     tiles_c = tl.cdiv(C, BLOCK_C)
     rows = tl.program_id(0) // tiles_c * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.program_id(0) % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)

@@ -5,15 +5,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from teint8.kernels.dependent import wait
 from teint8.kernels.launch import Launch, alignment, on
 
 
 @triton.jit
-def _dequantize_kernel(
-    codes_ptr, scale_ptr, y_ptr, M, K, stride_cm, stride_sm, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, DEPENDENT: tl.constexpr
-):
-    wait(DEPENDENT)
+def _dequantize_kernel(codes_ptr, scale_ptr, y_ptr, M, K, stride_cm, stride_sm, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     mask = (rows < M)[:, None] & (columns < K)[None, :]

@@ -4,16 +4,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from teint8.kernels.dependent import wait
 from teint8.kernels.launch import Launch, on
 
 
 @triton.jit
 def _finish_kernel(
-    sums_ptr, xs_ptr, ws_ptr, bias_ptr, y_ptr, M, N, stride_xs, stride_ws,
-    PARTS: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
+    sums_ptr, xs_ptr, ws_ptr, bias_ptr, y_ptr, M, N, stride_xs, stride_ws, PARTS: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    wait(DEPENDENT)
     m = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = n < N

@@ -11,7 +11,6 @@ import triton.language as tl
 from torch import Tensor
 
 from teint8.kernels.activation import INTERPRETING, rounded, value_and_slope
-from teint8.kernels.dependent import wait
 from teint8.kernels.launch import Launch, alignment, on
 from teint8.kernels.quantize import code_bits
 from teint8.kernels.quantize_both_kernels import _bits, _larger, _scale_and_multiplier, _top
@@ -91,9 +90,7 @@ def _gemv_kernel(
     stride_xm, stride_wn, stride_wsn, stride_un, stride_usn,
     ROWS: tl.constexpr, DTYPE: tl.constexpr, BIAS: tl.constexpr, UP_BIAS: tl.constexpr, GATED: tl.constexpr, KIND: tl.constexpr,
     EVEN: tl.constexpr, QUANTIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    wait(DEPENDENT)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_n = columns < N
     wn = tl.where(in_n, columns, 0)  # channels past the end are channel 0, and are not stored

@@ -5,7 +5,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from teint8.kernels.dependent import wait
 from teint8.kernels.int8_mm import Config, config_of, major_of
 from teint8.kernels.launch import Launch, on
 from teint8.numerics import MAX_INT32_K
@@ -16,10 +15,9 @@ def _grouped_mm_kernel(
     x_ptr, w_ptr, xs_ptr, ws_ptr, ends_ptr, y_ptr, M, N, K, GROUPS,
     stride_xm, stride_wb, stride_wn, stride_xsm, stride_wsb, stride_wsn,
     EVEN_K: tl.constexpr, WIDE: tl.constexpr, WIDE_EVERY: tl.constexpr, MOST_GROUPS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DEPENDENT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """A program finds its group among the tiles of all; rows behind the last group are one more, whose result is 0."""
-    wait(DEPENDENT)
     tiles_n = tl.cdiv(N, BLOCK_N)
     tile = tl.program_id(0) // tiles_n
     columns = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -8,7 +8,6 @@ after the measurements in README.md (Speed); ``hopper.py`` beside this launches 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 # Triton 3.6 has only the second name of each, 3.9 only the first
 _tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -221,7 +220,7 @@ def _hopper_mm_kernel(
     stride_xsb, stride_xsm, stride_wsb, stride_wsn, stride_bb, stride_bn, stride_rb, stride_rm,
     PROGRAMS: gl.constexpr, CONSUMERS: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, PART: gl.constexpr,
     BUFFERS: gl.constexpr, REGISTERS: gl.constexpr, SCALES_FIRST: gl.constexpr, BIAS: gl.constexpr, RESIDUAL: gl.constexpr,
-    TMA_STORE: gl.constexpr, SPLIT: gl.constexpr, TWO: gl.constexpr, EVEN: gl.constexpr, DEPENDENT: gl.constexpr,
+    TMA_STORE: gl.constexpr, SPLIT: gl.constexpr, TWO: gl.constexpr, EVEN: gl.constexpr,
 ):  # fmt: skip
     """``EVEN``: one matmul, scales of columns dense, and no tile past the last column."""
     BLOCK_K: gl.constexpr = x_desc.block_type.shape[1]
@@ -238,9 +237,6 @@ def _hopper_mm_kernel(
         mbarrier.init(empty.index(i), count=CONSUMERS)
         mbarrier.init(ready.index(i), count=1)
     fence_async_shared()
-    if DEPENDENT:  # both kinds of warps start after this
-        gdc_wait()
-        gdc_launch_dependents()
     # a tuple of arguments that is bound to a name turns its constants into tensors: each is written out
     if CONSUMERS == 1:
         gl.warp_specialize(

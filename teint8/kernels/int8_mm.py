@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from teint8.kernels.dependent import wait
 from teint8.kernels.launch import Launch, on
 from teint8.kernels.tiles import place
 from teint8.numerics import MAX_INT32_K
@@ -69,9 +68,8 @@ def _int8_mm_kernel(
     x_ptr, w_ptr, xs_ptr, ws_ptr, bias_ptr, y_ptr, M, N, K,
     stride_xb, stride_xm, stride_wb, stride_wn, stride_xsb, stride_xsm, stride_wsb, stride_wsn, stride_bb, stride_bn,
     HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr, WIDE_EVERY: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, DEPENDENT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    wait(DEPENDENT)
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
     # one dimension of the grid for both: the second one ends at 65535

@@ -15,8 +15,6 @@ import torch
 import triton
 from torch import Tensor
 
-from teint8.kernels.dependent import dependent
-
 HOLDS = triton.__version__.split(".")[:2] == ["3", "6"]
 """Whether kernels are held: the launcher's arguments are an internal of Triton, and were looked at in these versions alone."""
 
@@ -79,8 +77,7 @@ class Launch:
     """One kernel and what is compiled of it.
 
     Args:
-        kernel: a function of ``triton.jit`` or ``gluon.jit``, whose constants come after its other arguments. The last of them,
-            DEPENDENT, is given here: it is what ``dependent.wait`` wants, which the kernel calls first of all.
+        kernel: a function of ``triton.jit`` or ``gluon.jit``, whose constants come after its other arguments.
 
     """
 
@@ -94,10 +91,6 @@ class Launch:
 
     def first(self, key: Hashable, grid: tuple[int, ...], args: tuple[Any, ...], constants: tuple[Any, ...], **options: Any) -> None:
         """Launch through the JIT, compile if need be, and hold what was compiled under ``key``."""
-        follows = dependent()
-        constants = (*constants, follows)
-        if follows:
-            options["launch_pdl"] = True
         compiled = self.kernel[grid](*args, *constants, **options)
         if not HOLDS or not hasattr(compiled, "packed_metadata"):
             return

@@ -6,7 +6,6 @@ import triton.language as tl
 from torch import Tensor
 
 from teint8.kernels.activation import INTERPRETING, rounded_pairs
-from teint8.kernels.dependent import wait
 from teint8.kernels.int8_mm import major_of
 from teint8.kernels.launch import Launch, alignment, on
 from teint8.kernels.quantize import code_bits
@@ -43,9 +42,8 @@ def _power(bits):
 def _norm_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, sum_ptr, value_ptr, codes_ptr, scale_ptr, N, eps, stride_xm, stride_rm,
     LAYER: tl.constexpr, RESIDUAL: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, VALUES: tl.constexpr, CODES: tl.constexpr,
-    DTYPE: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr, DEPENDENT: tl.constexpr,
+    DTYPE: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    wait(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     n = tl.arange(0, BLOCK)
     inside = (n < N) | EVEN

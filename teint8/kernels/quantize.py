@@ -6,7 +6,6 @@ import triton.language as tl
 from torch import Tensor
 
 from teint8.kernels.activation import INTERPRETING
-from teint8.kernels.dependent import wait
 from teint8.kernels.launch import Launch, alignment, on
 
 MAX_BLOCK = 16384  # a longer row is read twice, in blocks
@@ -87,9 +86,7 @@ def _codes(x, multiplier, row_key, mixed, columns, STOCHASTIC: tl.constexpr, STA
 def _quantize_kernel(
     x_ptr, codes_ptr, scale_ptr, seed_ptr, given_ptr, M, K, stride_xb, stride_xm, rows_per_seed,
     STOCHASTIC: tl.constexpr, STATIC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, ONE_BLOCK: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    wait(DEPENDENT)
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     in_m = rows < M
     columns = tl.arange(0, BLOCK_K)[None, :]

@@ -7,7 +7,6 @@ import triton
 import triton.language as tl
 
 from teint8.kernels.activation import pack4, rounded, value_and_slope
-from teint8.kernels.dependent import wait
 from teint8.kernels.quantize import code_bits, mixed_seed, noise_key, noise_of, shrunk
 
 
@@ -93,14 +92,13 @@ def _absmax_kernel(
     g_ptr, u_ptr, d_ptr, tops_ptr, scale_ptr, seed_ptr, M, N, COUNT, stride_gb, stride_gm, stride_db, stride_dm,
     KIND: tl.constexpr, GATED: tl.constexpr, BACKWARD: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr, OUTPUTS: tl.constexpr,
     VALUE: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPAN: tl.constexpr,
-    STAGES: tl.constexpr, DEPENDENT: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Absmax of rows (B, OUTPUTS, M), then of columns (B, OUTPUTS + VALUE, N), and of these the scales; COUNT groups in all.
 
     ``tops_ptr`` points at zeros, and at zeros again afterwards: absmax of the groups, then how many programs are done with each span
     of rows and with each block of columns. The last one makes their scales.
     """
-    wait(DEPENDENT)
     batch = tl.program_id(2).to(tl.int64)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_n = columns < N
@@ -207,9 +205,8 @@ def _both_kernel(
     g_ptr, u_ptr, d_ptr, scale_ptr, codes0_ptr, tcodes0_ptr, codes1_ptr, tcodes1_ptr, tcodes2_ptr, M, N, COUNT,
     stride_gb, stride_gm, stride_db, stride_dm, stride_cb, stride_cm, stride_tb, stride_tn,
     KIND: tl.constexpr, GATED: tl.constexpr, BACKWARD: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr, OUTPUTS: tl.constexpr,
-    VALUE: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DEPENDENT: tl.constexpr,
+    VALUE: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    wait(DEPENDENT)
     batch = tl.program_id(2).to(tl.int64)
     # begins with what the absmax pass read last: it is still in the L2 cache
     pn = tl.num_programs(0) - 1 - tl.program_id(0)

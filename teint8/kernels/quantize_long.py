@@ -5,7 +5,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from teint8.kernels.dependent import wait
 from teint8.kernels.launch import Launch, alignment, on
 from teint8.kernels.quantize import code_bits
 from teint8.kernels.quantize_both_kernels import _scale_and_multiplier
@@ -15,9 +14,8 @@ BLOCK, SPAN = 4096, 4
 
 
 @triton.jit
-def _tops_kernel(x_ptr, tops_ptr, N, stride_xm, BLOCK: tl.constexpr, SPAN: tl.constexpr, DEPENDENT: tl.constexpr):
+def _tops_kernel(x_ptr, tops_ptr, N, stride_xm, BLOCK: tl.constexpr, SPAN: tl.constexpr):
     """The bits of absmax of rows, NaN above infinity, above all numbers; ``tops`` are 0 before."""
-    wait(DEPENDENT)
     m = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BLOCK * SPAN + tl.arange(0, BLOCK)
     tops = tl.zeros((BLOCK,), tl.int32)
@@ -28,9 +26,8 @@ def _tops_kernel(x_ptr, tops_ptr, N, stride_xm, BLOCK: tl.constexpr, SPAN: tl.co
 
 
 @triton.jit
-def _known_kernel(x_ptr, tops_ptr, codes_ptr, scale_ptr, N, stride_xm, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
+def _known_kernel(x_ptr, tops_ptr, codes_ptr, scale_ptr, N, stride_xm, BLOCK: tl.constexpr):
     """Codes of rows whose absmax is known."""
-    wait(DEPENDENT)
     m = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     scale, multiplier = _scale_and_multiplier(tl.load(tops_ptr + m + tl.arange(0, 1)))

@@ -9,7 +9,6 @@ import triton.language as tl
 from torch import Tensor
 
 from teint8.kernels.activation import INTERPRETING
-from teint8.kernels.dependent import wait
 from teint8.kernels.launch import Launch, alignment, on
 
 MAX_ROWS = 64
@@ -41,9 +40,7 @@ def blocks_of(m: int, n: int, capability: int) -> Blocks:
 def _weight_only_kernel(
     x_ptr, w_ptr, ws_ptr, bias_ptr, y_ptr, M, N, K, stride_xm, stride_wn, stride_wsn,
     BIAS: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    wait(DEPENDENT)
     rows = tl.arange(0, BLOCK_M)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_m, in_n = rows < M, columns < N
