@@ -3,6 +3,7 @@
 from teint8 import numerics, ops
 from teint8._version import __version__
 from teint8.autocast import te_int8_autocast
+from teint8.conditioning import Conditioned
 from teint8.policy import Policy, Quant, Rule
 from teint8.qtensor import QTensor
 from teint8.transforms import (
@@ -10,19 +11,32 @@ from teint8.transforms import (
     PackedFile,
     Receipt,
     Record,
+    Statistics,
+    adaround,
+    awq,
+    calibrate,
     compare,
     correct_bias,
     explain,
     fold_batchnorm,
+    gptq,
+    keep_outliers,
     load_packed,
+    merge,
     pack,
     quantize,
+    rotate,
     save_packed,
+    scales,
+    second_moments,
+    smooth,
     unpack,
+    with_scales,
 )
 
 __all__ = [
     "Comparison",
+    "Conditioned",
     "PackedFile",
     "Policy",
     "QTensor",
@@ -30,17 +44,29 @@ __all__ = [
     "Receipt",
     "Record",
     "Rule",
+    "Statistics",
     "__version__",
+    "adaround",
+    "awq",
+    "calibrate",
     "compare",
     "correct_bias",
     "explain",
     "fold_batchnorm",
+    "gptq",
+    "keep_outliers",
     "load_packed",
+    "merge",
     "numerics",
     "ops",
     "pack",
     "quantize",
+    "rotate",
     "save_packed",
+    "scales",
+    "second_moments",
+    "smooth",
     "te_int8_autocast",
     "unpack",
+    "with_scales",
 ]

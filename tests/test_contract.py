@@ -1,5 +1,7 @@
 """Every implementation against the reference, bit for bit."""
 
+import os
+
 import pytest
 import torch
 from contract import DTYPES, Case, cases, check, different
@@ -66,7 +68,8 @@ def test_sums_that_overflow_int32(k: int, device: str) -> None:
             got = ops.int8_mm(xq, xs, wq, ws, None, torch.float32, name)
             assert torch.equal(got, exact.float().expand(2, 3)), name
             ran.append(name)
-    assert "reference" in ran and len(ran) > 1, ran
+    alone = device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1"  # where only the interpreter joins it, for these sizes
+    assert "reference" in ran and (len(ran) > 1 or alone), ran
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,5 +1,6 @@
 """Transforms: functions to functions (``quantize``), params to params (``pack``), and what they say of themselves (``explain``)."""
 
+from teint8.transforms.calibrate import Statistics, calibrate, merge, scales, with_scales
 from teint8.transforms.comparison import Comparison, compare
 from teint8.transforms.correct import correct_bias
 from teint8.transforms.explain import explain
@@ -8,19 +9,33 @@ from teint8.transforms.fold import fold_batchnorm
 from teint8.transforms.pack import pack, unpack
 from teint8.transforms.quantize import quantize
 from teint8.transforms.receipt import Receipt, Record
+from teint8.transforms.rounding import adaround, awq, gptq, second_moments
+from teint8.transforms.smooth import keep_outliers, rotate, smooth
 
 __all__ = [
     "Comparison",
     "PackedFile",
     "Receipt",
     "Record",
+    "Statistics",
+    "adaround",
+    "awq",
+    "calibrate",
     "compare",
     "correct_bias",
     "explain",
     "fold_batchnorm",
+    "gptq",
+    "keep_outliers",
     "load_packed",
+    "merge",
     "pack",
     "quantize",
+    "rotate",
     "save_packed",
+    "scales",
+    "second_moments",
+    "smooth",
     "unpack",
+    "with_scales",
 ]

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from teint8.conditioning import Conditioned
 from teint8.policy import Policy
 from teint8.qtensor import QTensor
 
@@ -157,6 +158,11 @@ def _skeleton(node: Any, path: str, tensors: dict[str, Tensor], leaves: dict[str
         parts = {"codes": node.codes, "scale": node.scale, "activation_scale": node.activation_scale}
         tensors |= {f"{path}.{name}": t for name, t in parts.items() if t is not None}
         return {"packed": path}
+    if isinstance(node, Conditioned):
+        leaves[path] = {"rotation": node.rotation, "outliers": list(node.outliers)}
+        parts = {"smoothing": node.smoothing, "outlier_weight": node.outlier_weight}
+        tensors |= {f"{path}.{name}": t for name, t in parts.items() if t is not None}
+        return {"conditioned": [path, _skeleton(node.weight, f"{path}.weight", tensors, leaves)]}
     if isinstance(node, Tensor):
         tensors[path] = node.detach()
         return {"tensor": path}
@@ -190,10 +196,29 @@ def _rebuilt(node: Any, leaves: Any, tensors: dict[str, Tensor], file: pathlib.P
             return QTensor(codes, scale, tensors.pop(f"{value}.activation_scale", None), _DTYPES[about["dtype"]], axis)
         except (TypeError, ValueError, KeyError) as error:
             raise _bad(file, f"{value} is no packed weight: {error}") from None
+    if kind == "conditioned":
+        about, (smoothing, aside) = (
+            leaves[value[0]],
+            (tensors.pop(f"{value[0]}.{name}", None) for name in ("smoothing", "outlier_weight")),
+        )
+        weight = _rebuilt(value[1], leaves, tensors, file)
+        try:
+            return Conditioned(weight, smoothing, about["rotation"], tuple(about["outliers"]), aside)
+        except (TypeError, ValueError) as error:
+            raise _bad(file, f"{value[0]} is no conditioned weight: {error}") from None
     if kind == "dict":
         return {key: _rebuilt(inner, leaves, tensors, file) for key, inner in value}
     made = [_rebuilt(inner, leaves, tensors, file) for inner in value]
     return made if kind == "list" else tuple(made)
+
+
+def _conditioned(path: str, weight: Any, leaves: Any, tensors: dict[str, Tensor], file: pathlib.Path) -> Conditioned:
+    about = leaves[path]
+    smoothing, aside = (tensors.pop(f"{path}.{name}", None) for name in ("smoothing", "outlier_weight"))
+    try:
+        return Conditioned(weight, smoothing, about["rotation"], tuple(about["outliers"]), aside)
+    except (TypeError, ValueError) as error:
+        raise _bad(file, f"{path} is no conditioned weight: {error}") from None
 
 
 def _taken(tensors: dict[str, Tensor], name: str, file: pathlib.Path) -> Tensor:

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from teint8.conditioning import Conditioned
 from teint8.qtensor import QTensor
 
 
@@ -15,6 +16,7 @@ class Operand(NamedTuple):
         path: its path in the params, "" where it has none.
         transposed: whether the call sees it with its last two dimensions swapped.
         held: what a route keeps of it.
+        conditioning: what its activation goes through before it is quantized, or None.
 
     """
 
@@ -22,3 +24,4 @@ class Operand(NamedTuple):
     path: str = ""
     transposed: bool = False
     held: Any = None
+    conditioning: Conditioned | None = None

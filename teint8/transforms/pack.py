@@ -10,6 +10,7 @@ import torch.utils._pytree as torch_pytree
 from torch import Tensor, nn
 
 from teint8 import _torch
+from teint8.conditioning import Conditioned
 from teint8.numerics import block_of
 from teint8.ops.conv_layout import contracted, packed_kernel
 from teint8.ops.raw import quantize as quantize_rows
@@ -17,7 +18,8 @@ from teint8.ops.raw_blocks import quantize_blocks
 from teint8.policy import Policy
 from teint8.qtensor import QTensor
 from teint8.transforms.operands import Operand
-from teint8.transforms.quantize import BoundRoute, check_params, is_qtensor, leaf_paths, quantized, run
+from teint8.transforms.quantize import BoundRoute, check_params, quantized, run
+from teint8.transforms.trees import map_leaves, weights_of
 
 Use = tuple[int | tuple[int, ...], str] | None
 """How a call uses a weight: (contracted dimension, granularity) in INT8, or None in float."""
@@ -56,23 +58,32 @@ def pack(qfn: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
     if isinstance(target, nn.Module):
         check_params(target, groups, complete=bool(args or kwargs))
         _check_shapes(target, groups)
-    if args or kwargs:
-        uses = _survey(qfn, params, args, kwargs)
-    elif isinstance(target, nn.Module):
-        uses = _read_module(target, qfn.policy)
-    else:
-        raise TypeError(
-            f"pack: {qfn.__name__} is a function, and its weights are found by an abstract run; "
-            "give example inputs: pack(qfn, params, *args)"
-        )
+    uses = uses_of(qfn, params, args, kwargs)
     packed = tuple(_pack_tree(group, uses) for group in groups)
-    if not any(isinstance(leaf, QTensor) for leaf in torch_pytree.tree_leaves(packed, is_leaf=is_qtensor)):
+    if not any(is_packed(leaf) for group in packed for leaf in weights_of(group).values()):
         raise ValueError(
             f"pack: no weight of {qfn.__name__} would be in INT8. Weights of layers that are not known are found by an abstract run: "
             "pack(qfn, params, *args). One that is used in float too (tied to an embedding, in einsum) stays float; else check the "
             f"paths of the rules: {', '.join(map(repr, qfn.policy.rules))}"
         )
     return packed if groups is params else packed[0]
+
+
+def uses_of(qfn: Any, params: Any, args: Any, kwargs: Any) -> dict[str, set[Use]]:
+    """How ``qfn`` uses its weights, by path: by an abstract run where there are inputs, else by the types of a module's layers.
+
+    Raises:
+        TypeError: a function, and no inputs.
+
+    """
+    target = quantized(qfn)
+    if args or kwargs:
+        return _survey(qfn, params, args, kwargs)
+    if isinstance(target, nn.Module):
+        return _read_module(target, qfn.policy)
+    raise TypeError(
+        f"{qfn.__name__} is made of a function: its weights are found by an abstract run; give example inputs: pack(qfn, params, *args)"
+    )
 
 
 def _check_shapes(module: nn.Module, groups: tuple[Any, ...]) -> None:
@@ -87,27 +98,38 @@ def _check_shapes(module: nn.Module, groups: tuple[Any, ...]) -> None:
 
 
 def unpack(packed: Any) -> Any:
-    """The tree with each QTensor dequantized: float weights on their INT8 grid.
+    """The tree with each QTensor dequantized: float weights on their INT8 grid; conditioned ones stay so, with a float weight.
 
     Example:
         >>> unpack({"w": QTensor.quantize(torch.tensor([[1.0, -2.0]])), "b": 3.0})
         {'w': tensor([[ 1.0079, -2.0000]]), 'b': 3.0}
 
     """
-    return torch_pytree.tree_map(lambda leaf: leaf.dequantize() if isinstance(leaf, QTensor) else leaf, packed, is_leaf=is_qtensor)
+    return map_leaves(_unpacked, packed)
+
+
+def _unpacked(_: str, leaf: Any) -> Any:
+    if isinstance(leaf, Conditioned):
+        return leaf.unpacked()
+    return leaf.dequantize() if isinstance(leaf, QTensor) else leaf
+
+
+def is_packed(leaf: Any) -> bool:
+    """Whether a leaf is a packed weight."""
+    return isinstance(leaf.weight if isinstance(leaf, Conditioned) else leaf, QTensor)
 
 
 def _pack_tree(tree: Any, uses: dict[str, set[Use]]) -> Any:
-    leaves, spec = torch_pytree.tree_flatten(tree, is_leaf=is_qtensor)
-    leaves = [_pack_leaf(leaf, uses.get(path, set())) for path, leaf in zip(leaf_paths(tree), leaves, strict=True)]
-    return torch_pytree.tree_unflatten(leaves, spec)
+    return map_leaves(lambda path, leaf: _pack_leaf(leaf, uses.get(path, set())), tree)
 
 
 def _pack_leaf(leaf: Any, uses: set[Use]) -> Any:
-    if not isinstance(leaf, Tensor) or len(uses) != 1:
+    if not isinstance(leaf, (Tensor, Conditioned)) or len(uses) != 1:
         return leaf
     (use,) = uses
-    return leaf if use is None else pack_weight(leaf, *use)
+    if use is None:
+        return leaf
+    return leaf.packed(lambda w: pack_weight(w, *use)) if isinstance(leaf, Conditioned) else pack_weight(leaf, *use)
 
 
 def pack_weight(weight: Tensor, axis: int | tuple[int, ...], granularity: str) -> QTensor:

@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from teint8 import _torch
+from teint8.conditioning import Conditioned
 from teint8.ops.shared import Shared
 from teint8.policy import Policy
 from teint8.qtensor import QTensor
 from teint8.transforms.operands import Operand
 from teint8.transforms.receipt import Receipt
 from teint8.transforms.route import Route
+from teint8.transforms.trees import is_weight, leaf_paths
 
 _TRANSPOSES = {torch.t, Tensor.t, Tensor.T.__get__, Tensor.mT.__get__, torch.transpose, Tensor.transpose}  # type: ignore[attr-defined]
 _VALUES = {*_TRANSPOSES, Tensor.H.__get__, Tensor.mH.__get__, Tensor.data.__get__, Tensor.real.__get__, Tensor.imag.__get__}  # type: ignore[attr-defined]
@@ -51,6 +53,10 @@ class BoundRoute(Route):
 
     def bind(self, path: str, leaf: Any) -> Any:
         """Remember a leaf; what the program gets in its place."""
+        if isinstance(leaf, Conditioned):
+            stands = self.bind(path, leaf.weight)
+            self.known[stands] = self.known[stands]._replace(conditioning=leaf)
+            return stands
         if isinstance(leaf, QTensor):
             self.packed_leaves = True
             self.known[leaf.codes] = Operand(leaf, path)
@@ -68,7 +74,7 @@ class BoundRoute(Route):
             result = func(*args, **kwargs)
             if result.ndim >= 2 and result.shape == args[0].mT.shape and result.stride() == args[0].mT.stride():
                 value = first.value if isinstance(first.value, QTensor) else result
-                self.known[result] = Operand(value, first.path, not first.transposed, first.held)
+                self.known[result] = first._replace(value=value, transposed=not first.transposed)
                 return result
         if first is not None and func is Tensor.data_ptr:  # nn.LSTM asks on a GPU, also under torch.func, whose wrappers have none
             return _torch.unwrapped(args[0]).data_ptr()
@@ -90,7 +96,7 @@ class BoundRoute(Route):
                 self.receipt.add(
                     (operand.path, "other", 0, n, k, 1, "float", "", "packed, in an op that is not taken over: dequantized")
                 )
-            value = operand.value.dequantize()
+            value = (operand.conditioning or operand.value).dequantize()
             return value.mT if operand.transposed else value
         if isinstance(args, dict):
             return {key: self.plain(value) for key, value in args.items()}
@@ -193,11 +199,6 @@ def quantized(qfn: Any) -> Any:
     return target
 
 
-def is_qtensor(leaf: Any) -> bool:
-    """Whether a node of a pytree is a QTensor, which these transforms take as a leaf."""
-    return isinstance(leaf, QTensor)
-
-
 def call_module(module: nn.Module, route: BoundRoute, params: Any, args: Any, kwargs: Any) -> Any:
     """Call a module under a route, its parameters replaced by those of ``params``."""
     groups = params if isinstance(params, tuple) else (params,)
@@ -215,31 +216,11 @@ def call_module(module: nn.Module, route: BoundRoute, params: Any, args: Any, kw
 
 
 def _call_function(function: Callable[..., Any], route: BoundRoute, params: Any, args: Any, kwargs: Any) -> Any:
-    leaves, spec = torch_pytree.tree_flatten(params, is_leaf=is_qtensor)
+    leaves, spec = torch_pytree.tree_flatten(params, is_leaf=is_weight)
     paths = leaf_paths(params)
     bound = [route.bind(path, leaf) for path, leaf in zip(paths, leaves, strict=True)]
     with route:
         return function(torch_pytree.tree_unflatten(bound, spec), *args, **kwargs)
-
-
-def leaf_paths(params: Any) -> list[str]:
-    """Names of the leaves of a pytree, in order: keys and indices joined by dots ("layers.0.w").
-
-    Example:
-        >>> leaf_paths({"layers": [{"w": 1.0}], "head": 2.0})
-        ['layers.0.w', 'head']
-
-    """
-    return [_name(path) for path, _ in torch_pytree.tree_flatten_with_path(params, is_leaf=is_qtensor)[0]]
-
-
-def _name(path: Any) -> str:
-    parts = []
-    for key in path:
-        part = getattr(key, "key", None)
-        part = getattr(key, "idx", None) if part is None else part
-        parts.append(str(getattr(key, "name", None) if part is None else part))
-    return ".".join(parts)
 
 
 def check_params(module: nn.Module, groups: tuple[Any, ...], complete: bool = True) -> None:
@@ -278,7 +259,7 @@ def _check_leaf(module: nn.Module, path: str, leaf: Any) -> None:
         raise ValueError(
             f"quantized {type(module).__name__}: {path} has no shape yet; run the module once, as torch's lazy modules need"
         )
-    if isinstance(leaf, QTensor) and leaf.shape != own.shape:
+    if is_weight(leaf) and leaf.shape != own.shape:
         raise ValueError(
             f"quantized {type(module).__name__}: {path} has shape {tuple(own.shape)} but {leaf!r} was given; "
             "is it the QTensor of another layer?"

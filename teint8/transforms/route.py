@@ -1,6 +1,7 @@
 """Routing: a TorchFunctionMode that sees each call of a program and takes over the matmuls that a rule wants in INT8."""
 
 import copy
+import dataclasses
 import sys
 import threading
 from collections.abc import Callable
@@ -184,6 +185,8 @@ class Route(Recording, TorchFunctionMode):
             ends: where the rows of each weight of a batch end, for a mixture of experts.
 
         """
+        if weight.conditioning is not None:
+            return self._conditioned(op, x, weight, axis, bias, rows, ends)
         x = self.plain(x)
         path = self.path(weight)
         rule = self.rule(path, op)
@@ -238,8 +241,31 @@ class Route(Recording, TorchFunctionMode):
             self.measure(fields, y, lambda: exact_product(x, whole, axis, bias, channels), seen, *scale)
         return y
 
+    def _conditioned(self, op: str, x: Any, weight: Operand, axis: int, bias: Any, rows: Any, ends: Any) -> Any:
+        """x by a weight whose activation is conditioned: the same call in the other basis."""
+        conditioning = weight.conditioning
+        assert conditioning is not None
+        if ends is not None or (axis == -1) == weight.transposed:
+            raise ValueError(f"{weight.path} is {conditioning!r}, for a weight (N, K) of a linear; this call uses it otherwise")
+        x = self.plain(x)
+        inside = conditioning.apply(x)
+        value: Any = conditioning.weight if isinstance(conditioning.weight, QTensor) else conditioning.conditioned()
+        if conditioning.rotation and isinstance(value, QTensor):  # which leaves float32
+            value = dataclasses.replace(value, dtype=inside.dtype)
+        whole = weight._replace(value=value, transposed=False, conditioning=None)
+
+        def in_float() -> Any:
+            y = torch.matmul(inside, (value.dequantize() if isinstance(value, QTensor) else value)[rows or slice(None)].mT)
+            return y if bias is None else y + bias
+
+        y = self.multiply(op, inside, whole, -1, bias, in_float, rows, ends).to(autocast_dtype(x) or x.dtype)
+        aside = conditioning.aside(x, rows)
+        return y if aside is None else y + aside
+
     def convolve(self, call: Convolution, weight: Operand, float_call: Callable[[], Any]) -> Any:
         """A convolution: INT8, or ``float_call``."""
+        if weight.conditioning is not None:
+            raise ValueError(f"{weight.path} is {weight.conditioning!r}, which is for linears; this call is a convolution")
         x = self.plain(call.x)
         path = self.path(weight)
         rule = self.rule(path, "conv")

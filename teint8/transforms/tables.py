@@ -32,6 +32,8 @@ def look_up(route: Route, func: Any, args: Any, kwargs: Any, weight: Any) -> Any
     names = _BAG if bag else _EMBEDDING
     given = dict(zip(names, shapes.bind(names, args, kwargs), strict=True))
     ids, _ = given.pop("input"), given.pop("weight")
+    if weight.conditioning is not None:  # rows are looked up as the model has them
+        weight = weight._replace(value=weight.conditioning.dequantize(), conditioning=None)
     path = route.path(weight)
     rule = route.rule(path, "embedding")
     packed = isinstance(weight.value, QTensor) and weight.value.axis == -1 and not weight.transposed

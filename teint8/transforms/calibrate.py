@@ -1,0 +1,321 @@
+"""``calibrate``: statistics of what meets the weights, and static scales from them."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from teint8.conditioning import Conditioned
+from teint8.policy import Policy
+from teint8.qtensor import QTensor
+from teint8.transforms.pack import is_packed
+from teint8.transforms.quantize import BoundRoute, quantized, run
+from teint8.transforms.trees import map_leaves, weights_of
+
+_LOWEST, _OCTAVES = 127 - 24, 40  # exponents of float32 from 2^-24 to 2^16
+BINS = _OCTAVES * 128
+"""Bins of the histogram: 128 an octave of |x|, by the bits of float32, so that histograms of all machines have the same bins."""
+
+METHODS = ("absmax", "average", "percentile", "mse", "entropy")
+
+
+class Statistics(NamedTuple):
+    """What was seen of the activation that meets one weight; a pytree of tensors of constant size.
+
+    Attributes:
+        counts: int64 (BINS,), how many values had this magnitude.
+        channels: float32 (K,), absmax of each channel. sums: float32 (K,), sum of |x| of each. tokens: int64 (), rows seen.
+        moving: float32 (), the moving average of the batches' absmax (0.9 of the old). batches: int64 ().
+
+    """
+
+    counts: Tensor
+    channels: Tensor
+    sums: Tensor
+    tokens: Tensor
+    moving: Tensor
+    batches: Tensor
+
+    @property
+    def absmax(self) -> Tensor:
+        """The largest magnitude."""
+        return self.channels.max()
+
+
+Calibration = dict[str, Statistics]
+"""Statistics by the weight's path."""
+
+
+def calibrate(qfn: Any, params: Any, batches: Iterable[Any], *, state: Calibration | None = None, progress: bool = True) -> Calibration:
+    """Run example inputs in float and gather statistics of each activation that meets a weight which the policy quantizes.
+
+    Nothing grows with the number of batches. What comes back goes in again as ``state``, or is added to another machine's with
+    ``merge``; ``scales`` makes static scales of it, ``smooth`` and ``awq`` use its channels.
+
+    Args:
+        qfn: a result of ``quantize``; of a module, whatever mode it is in (put it into eval mode first).
+        params: its float parameters, conditioned ones too (``smooth``, ``rotate``): then of the activation as it is quantized.
+        batches: example inputs, each a tensor, a tuple or list of arguments, or a dict of keyword arguments.
+        state: statistics to go on from.
+        progress: show a progress bar.
+
+    Returns:
+        By the path of each weight its Statistics.
+
+    Raises:
+        TypeError: one tensor as batches. ValueError: no batches, packed parameters, no weight that the policy quantizes, or values that
+            are not finite.
+
+    Example:
+        >>> from torch import nn
+        >>> from teint8 import pack, quantize, Policy, Quant, Rule
+        >>> model, x = nn.Linear(8, 4), torch.linspace(-1, 1, 32).view(4, 8)
+        >>> qfn, params = quantize(model, Policy([Rule(activation=Quant(scale="static"))])), dict(model.named_parameters())
+        >>> stats = calibrate(qfn, params, [x], progress=False)
+        >>> packed = with_scales(pack(qfn, params), scales(stats, "absmax"))
+        >>> torch.allclose(qfn(packed, x), model(x), atol=0.02)
+        True
+
+    """
+    examples = examples_of(qfn, batches, "calibrate")
+    refuse_packed(params, "calibrate")
+    route = _Looking(qfn.policy, dict(state or {}))
+    with torch.no_grad():
+        for args, kwargs in tqdm(examples, "calibrate", disable=not progress):
+            route.start()
+            run(qfn, route, params, args, kwargs)
+    if not route.stats:
+        raise ValueError(f"calibrate: no linear or matmul by a weight is quantized by {qfn.policy!r}; there is nothing to look at")
+    return route.stats
+
+
+def merge(*calibrations: Calibration) -> Calibration:
+    """Statistics of all that each saw, as if one had seen it all; moving averages are weighted by their batches.
+
+    Raises:
+        TypeError: not results of ``calibrate``. ValueError: of other models.
+
+    Example:
+        >>> from torch import nn
+        >>> from teint8 import quantize
+        >>> model = nn.Linear(8, 4)
+        >>> parts = [calibrate(quantize(model), dict(model.named_parameters()), [x], progress=False) for x in torch.randn(2, 3, 8)]
+        >>> int(merge(*parts)["weight"].tokens)
+        6
+
+    """
+    if not calibrations or not all(isinstance(c, dict) and all(isinstance(s, Statistics) for s in c.values()) for c in calibrations):
+        raise TypeError("merge: results of calibrate are needed, such as merge(first, second)")
+    out: Calibration = {}
+    for calibration in calibrations:
+        for path, new in calibration.items():
+            old = out.get(path)
+            if old is not None and old.channels.shape != new.channels.shape:
+                raise ValueError(f"merge: {path} has {old.channels.numel()} channels and {new.channels.numel()}; of two models?")
+            out[path] = new if old is None else _added(old, new)
+    return out
+
+
+def _added(a: Statistics, b: Statistics) -> Statistics:
+    b = Statistics(*(t.to(a.counts.device) for t in b))
+    batches = a.batches + b.batches
+    moving = (a.moving * a.batches + b.moving * b.batches) / batches
+    return Statistics(a.counts + b.counts, torch.maximum(a.channels, b.channels), a.sums + b.sums, a.tokens + b.tokens, moving, batches)
+
+
+def scales(calibration: Calibration, method: str = "mse", *, percentile: float = 99.99) -> dict[str, Tensor]:
+    """Static scales by path: what the codes of the activation are multiplied with.
+
+    Args:
+        calibration: a result of ``calibrate``.
+        method: "absmax" takes the largest value seen; "average" the moving average of the batches' absmax; "percentile" clips the
+            largest; "mse" has the least squared error; "entropy" the least Kullback-Leibler divergence of the quantized distribution
+            (Migacz, 2017).
+        percentile: of the magnitudes, for that method.
+
+    Raises:
+        ValueError: an unknown method, or a percentile that is not in (0, 100].
+
+    Example:
+        >>> from torch import nn
+        >>> from teint8 import quantize
+        >>> model, x = nn.Linear(8, 4), torch.linspace(-1, 1, 32).view(4, 8)
+        >>> stats = calibrate(quantize(model), dict(model.named_parameters()), [x], progress=False)
+        >>> {name: round(float(scale) * 127, 3) for name, scale in scales(stats, "absmax").items()}
+        {'weight': 1.0}
+
+    """
+    if method not in METHODS:
+        raise ValueError(f"scales: method is {method!r}; it must be one of {', '.join(map(repr, METHODS))}")
+    if not 0 < percentile <= 100:
+        raise ValueError(f"scales: percentile is {percentile!r}; a number above 0, up to 100, is needed")
+    tops = {path: _top(stats, method, percentile) for path, stats in calibration.items()}
+    return {path: torch.where(top > 0, top, torch.ones_like(top)).float() / 127 for path, top in tops.items()}
+
+
+def with_scales(packed: Any, static: Mapping[str, Tensor]) -> Any:
+    """Packed parameters with static scales of the activations, for a rule with ``activation=Quant(scale="static")``.
+
+    Args:
+        packed: what ``pack`` returned. static: scales by path, as ``scales`` returns them; those of weights that are not packed are
+            left out.
+
+    Raises:
+        ValueError: a scale that is not one positive number, or no path that fits.
+
+    """
+    paths = set(weights_of(packed))
+    if not paths & set(static):
+        raise ValueError(f"with_scales: none of {sorted(static)[:3]} is in the packed tree, which has {sorted(paths)[:3]}")
+
+    def give(path: str, leaf: Any) -> Any:
+        scale = static.get(path)
+        if scale is None:
+            return leaf
+        if isinstance(leaf, Conditioned) and isinstance(leaf.weight, QTensor):
+            return dataclasses.replace(leaf, weight=leaf.weight.with_activation_scale(scale))
+        return leaf.with_activation_scale(scale) if isinstance(leaf, QTensor) else leaf
+
+    return map_leaves(give, packed)
+
+
+def examples_of(qfn: Any, batches: Any, name: str) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Positional and keyword arguments of each batch.
+
+    Raises:
+        TypeError: not a quantized function, or a tensor as batches. ValueError: no batches.
+
+    """
+    quantized(qfn)
+    if isinstance(batches, Tensor):
+        raise TypeError(f"{name}: batches is a tensor {tuple(batches.shape)}; a list of batches is needed, [x] for one")
+    if isinstance(batches, Mapping):
+        raise TypeError(f"{name}: batches is a dict; a list of batches is needed, [batch] for one")
+    examples: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    for batch in batches:
+        if isinstance(batch, Mapping):
+            examples.append(((), dict(batch)))
+        else:
+            examples.append((tuple(batch) if isinstance(batch, (tuple, list)) else (batch,), {}))
+    if not examples:
+        raise ValueError(f"{name}: there are no batches; give some example inputs, [x] for one")
+    return examples
+
+
+def refuse_packed(params: Any, name: str) -> None:
+    """Raise for parameters that are packed.
+
+    Raises:
+        ValueError: a leaf is packed.
+
+    """
+
+    def look(path: str, leaf: Any) -> None:
+        if is_packed(leaf):
+            raise ValueError(f"{name}: {path!r} is packed; give the float parameters, and pack what comes back")
+
+    map_leaves(look, params)
+
+
+class Looks(BoundRoute):
+    """Runs a program in float and shows each call of a weight (N, K) that the policy would quantize to ``look``."""
+
+    def __init__(self, rules: Policy) -> None:
+        super().__init__(Policy(), False, None)
+        self.rules = rules
+
+    def start(self) -> None:
+        """Begin a batch."""
+        self.known.clear()
+
+    def look(self, path: str, x: Tensor, weight: Tensor) -> None:
+        """x (..., K) by weight (N, K)."""
+        raise NotImplementedError
+
+    def multiply(
+        self, op: str, x: Any, weight: Any, axis: int, bias: Any, float_call: Callable[[], Any], rows: Any = None, ends: Any = None
+    ) -> Any:
+        rule = self.rules.match(weight.path, op)
+        plain = weight.conditioning is None and ends is None and weight.value.ndim == 2
+        if weight.path and plain and rule is not None and rule.weight is not None:
+            self.look(weight.path, x.detach(), weight.value if axis == -1 else weight.value.mT)
+        return super().multiply(op, x, weight, axis, bias, float_call, rows, ends)
+
+
+class _Looking(Looks):
+    def __init__(self, rules: Policy, stats: Calibration) -> None:
+        super().__init__(rules)
+        self.stats = stats
+        self._tops: dict[str, Tensor] = {}
+
+    def look(self, path: str, x: Tensor, weight: Tensor) -> None:
+        a = x.reshape(-1, x.shape[-1]).abs().float()
+        if not bool(a.isfinite().all()):
+            raise ValueError(f"calibrate: what meets {path} is not finite; look for NaN and infinity in the inputs and the weights")
+        if not len(a):
+            return
+        bins = ((a.contiguous().view(torch.int32) >> 16) - _LOWEST * 128).clamp_(0, BINS - 1)
+        counts = torch.bincount(bins.flatten(), minlength=BINS)
+        channels, one = a.amax(0), torch.ones((), dtype=torch.int64, device=a.device)
+        new = Statistics(counts, channels, a.sum(0), one * len(a), channels.max(), one)
+        old = self.stats.get(path)
+        if old is None:
+            self.stats[path] = new
+            return
+        if old.channels.shape != channels.shape:
+            raise ValueError(
+                f"calibrate: {path} meets {channels.numel()} channels, and {old.channels.numel()} in state; of another model?"
+            )
+        self.stats[path] = _added(old, new)._replace(moving=old.moving.to(a.device) * 0.9 + new.moving * 0.1)
+
+
+def _edges(device: torch.device) -> Tensor:
+    """(BINS + 1,) magnitudes where bins begin."""
+    bits = (torch.arange(BINS + 1, dtype=torch.int32, device=device) + _LOWEST * 128) << 16
+    return bits.view(torch.float32).double()
+
+
+def _top(stats: Statistics, method: str, percentile: float) -> Tensor:
+    """The magnitude of code 127."""
+    if method == "absmax":
+        return stats.absmax
+    if method == "average":
+        return stats.moving
+    edges, counts = _edges(stats.counts.device), stats.counts.double()
+    last = int(counts.nonzero().max())
+    if method == "percentile":
+        below = counts.cumsum(0) < percentile / 100 * counts.sum()
+        return torch.minimum(edges[min(int(below.sum()), last) + 1], stats.absmax.double())
+    middles = (edges[:-1] + edges[1:]) / 2
+    errors = _squared_error if method == "mse" else _divergence
+    # from the largest magnitude down to 1/16 of it, in steps of 3%
+    tops = [edges[i + 1] for i in range(last, max(last - 4 * 128, 0), -4)]
+    found = torch.stack([errors(counts, middles, float(top)) for top in tops])
+    return torch.minimum(tops[int(found.argmin())], stats.absmax.double())
+
+
+def _squared_error(counts: Tensor, middles: Tensor, top: float) -> Tensor:
+    """Of values within half a step their own square, within the range a step's variance, beyond it what is clipped."""
+    step = top / 127
+    error = torch.where(middles >= top, (middles - top).square(), step * step / 12)
+    return (counts * torch.where(middles < step / 2, middles.square(), error)).sum()
+
+
+def _divergence(counts: Tensor, middles: Tensor, top: float) -> Tensor:
+    """KL of what is clipped at ``top`` from its 128 levels spread over their bins."""
+    inside = middles <= top
+    p = torch.where(inside, counts, 0.0)
+    end = int(inside.sum()) - 1
+    levels = (middles[: end + 1] / (top / 127)).round().long().clamp(max=127)
+    p, filled = p[: end + 1], (p[: end + 1] > 0).double()
+    mass = torch.zeros(128, dtype=p.dtype, device=p.device).index_add(0, levels, p)
+    bins = torch.zeros_like(mass).index_add(0, levels, filled)
+    q = torch.where(filled > 0, (mass / bins.clamp(min=1))[levels], 0.0)
+    p = p.clone()
+    p[end] += counts[end + 1 :].sum()
+    p, q = p / p.sum(), q / q.sum()
+    return torch.where(p > 0, p * (p / q.clamp(min=math.exp(-50))).log(), 0.0).sum()
