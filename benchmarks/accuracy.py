@@ -50,8 +50,8 @@ def minilm_rows() -> list[dict[str, Any]]:
         found = embed(lambda **batch: qfn(packed, **batch))
         cosines = (found * exact).sum(-1)
         rho = minilm.spearman(found.cpu(), exact.cpu())
-        return {"model": "MiniLM", "method": method, "activation": activation, "mean": float(cosines.mean()), "least": float(cosines.min()),
-                "rho": rho}  # fmt: skip
+        return {"model": "MiniLM", "method": method, "activation": activation, "mean": float(cosines.mean()),
+                "least": float(cosines.min()), "rho": rho}  # fmt: skip
 
     return all_methods(model, params, examples, row)
 

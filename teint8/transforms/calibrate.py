@@ -286,7 +286,9 @@ def _top(stats: Statistics, method: str, percentile: float) -> Tensor:
     if method == "average":
         return stats.moving
     edges, counts = _edges(stats.counts.device), stats.counts.double()
-    last = int(counts.nonzero().max())
+    last = int(counts.nonzero().max()) if bool(counts.any()) else 0
+    if last == 0:  # nothing but zeros
+        return stats.absmax
     if method == "percentile":
         below = counts.cumsum(0) < percentile / 100 * counts.sum()
         return torch.minimum(edges[min(int(below.sum()), last) + 1], stats.absmax.double())
@@ -306,15 +308,18 @@ def _squared_error(counts: Tensor, middles: Tensor, top: float) -> Tensor:
 
 
 def _divergence(counts: Tensor, middles: Tensor, top: float) -> Tensor:
-    """KL of what is clipped at ``top`` from its 128 levels spread over their bins."""
+    """KL of what is clipped at ``top`` from its 128 levels, each spread evenly over the magnitudes that were seen in it."""
+    counts = counts * (torch.arange(BINS, device=counts.device) > 0)  # zeros, which lose nothing
+    if not bool(counts.any()):
+        return counts.sum()
     inside = middles <= top
     p = torch.where(inside, counts, 0.0)
     end = int(inside.sum()) - 1
     levels = (middles[: end + 1] / (top / 127)).round().long().clamp(max=127)
-    p, filled = p[: end + 1], (p[: end + 1] > 0).double()
+    p, filled = p[: end + 1], (p[: end + 1] > 0) * middles[: end + 1]  # a bin's width is a share of its middle
     mass = torch.zeros(128, dtype=p.dtype, device=p.device).index_add(0, levels, p)
-    bins = torch.zeros_like(mass).index_add(0, levels, filled)
-    q = torch.where(filled > 0, (mass / bins.clamp(min=1))[levels], 0.0)
+    widths = torch.zeros_like(mass).index_add(0, levels, filled)
+    q = (mass / torch.where(widths > 0, widths, 1.0))[levels] * filled
     p = p.clone()
     p[end] += counts[end + 1 :].sum()
     p, q = p / p.sum(), q / q.sum()
