@@ -10,6 +10,7 @@ from teint8.transforms.pack import pack, unpack
 from teint8.transforms.quantize import quantize
 from teint8.transforms.receipt import Receipt, Record
 from teint8.transforms.rounding import adaround, awq, gptq, second_moments
+from teint8.transforms.sensitivity import search, sensitivity
 from teint8.transforms.smooth import keep_outliers, rotate, smooth
 
 __all__ = [
@@ -34,7 +35,9 @@ __all__ = [
     "rotate",
     "save_packed",
     "scales",
+    "search",
     "second_moments",
+    "sensitivity",
     "smooth",
     "unpack",
     "with_scales",

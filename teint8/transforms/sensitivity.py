@@ -1,0 +1,229 @@
+"""``sensitivity`` and ``search``: which layers lose most in INT8, and a policy that keeps those in float which a budget allows."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.utils._pytree as torch_pytree
+from torch import Tensor
+from tqdm import tqdm
+
+from teint8.policy import Policy, Rule
+from teint8.transforms.calibrate import Looks, examples_of, refuse_packed
+from teint8.transforms.pack import pack_weight
+from teint8.transforms.quantize import BoundRoute, quantize, quantized, run
+from teint8.transforms.trees import map_leaves, weights_of
+
+METHODS = ("sqnr", "loss", "hessian")
+
+
+def sensitivity(
+    qfn: Any,
+    params: Any,
+    batches: Iterable[Any],
+    method: str = "hessian",
+    *,
+    loss: Callable[..., Tensor] | None = None,
+    progress: bool = True,
+) -> dict[str, float]:
+    """How much each layer loses in INT8, largest first: what to keep in float.
+
+    Args:
+        qfn: a result of ``quantize``. params: its float parameters.
+        batches: example inputs, as for ``calibrate``; a few are enough.
+        method: "sqnr": the noise of each layer's own output, to its signal. "loss": the loss that quantizing this layer alone adds.
+            "hessian": what rounding its weight adds to the loss in second order, ``d^T H d / 2`` with d = w_hat - w, by a
+            Hessian-vector product through the function (jvp of grad), as HAWQ (Dong et al., 2019) but with the error itself for a
+            direction, and no random ones.
+        loss: ``loss(output, *args, **kwargs)``, a scalar, of the output and the batch's arguments; unless given, the mean squared
+            distance to the float output, to its mean square.
+        progress: show a progress bar.
+
+    Returns:
+        By the path of each weight that the policy quantizes a number, the largest first.
+
+    Raises:
+        TypeError: one tensor as batches. ValueError: an unknown method, packed parameters, no batches, or nothing quantized.
+
+    Example:
+        >>> from torch import nn
+        >>> _ = torch.manual_seed(0)
+        >>> model, x = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8)), torch.randn(64, 32)
+        >>> with torch.no_grad():
+        ...     model[2].weight[:, 3] *= 100
+        >>> list(sensitivity(quantize(model), dict(model.named_parameters()), [x], progress=False))
+        ['2.weight', '0.weight']
+
+    """
+    if method not in METHODS:
+        raise ValueError(f"sensitivity: method is {method!r}; it must be one of {', '.join(map(repr, METHODS))}")
+    examples = examples_of(qfn, batches, "sensitivity")
+    refuse_packed(params, "sensitivity")
+    paths = _paths(qfn, params, examples[0])
+    if not paths:
+        raise ValueError(f"sensitivity: no linear or matmul by a weight is quantized by {qfn.policy!r}")
+    in_float = quantize(quantized(qfn), Policy())
+    score = {"sqnr": _noise, "loss": _added_loss, "hessian": _second_order}[method]
+    found = dict.fromkeys(paths, 0.0)
+    with tqdm(total=len(examples) * len(paths), desc=f"sensitivity: {method}", disable=not progress) as bar:
+        for args, kwargs in examples:
+            for path, value in score(qfn, in_float, params, args, kwargs, loss, paths):
+                found[path] += value / len(examples)
+                bar.update()
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def search(qfn: Any, params: Any, scores: dict[str, float], *, nbytes: int | None = None, share: float | None = None) -> Policy:
+    """A policy for a budget of bytes: the layers that gain most for a byte stay in float, before the rules of ``qfn``.
+
+    Args:
+        qfn: a result of ``quantize``. params: its float parameters.
+        scores: a result of ``sensitivity``.
+        nbytes: of all these weights together at most; or
+        share: of the bytes between all in INT8 (0) and all in float (1).
+
+    Returns:
+        A Policy of readable rules: one for each layer in float, then those of ``qfn``.
+
+    Raises:
+        ValueError: neither or both budgets, one below what INT8 takes, or scores of another model.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+        >>> search(quantize(model), dict(model.named_parameters()), {"2.weight": 9.0, "0.weight": 1.0}, share=0.5)
+        Policy([
+            Rule('2.weight', weight=None),
+            Rule('*'),
+        ])
+
+    """
+    leaves = weights_of(params)
+    foreign = sorted(set(scores) - set(leaves))
+    if foreign:
+        raise ValueError(f"search: scores are of {foreign[0]!r}, which params do not have; are they of another model?")
+    if (nbytes is None) == (share is None) or not 0 <= (share or 0) <= 1:
+        raise ValueError(f"search: nbytes is {nbytes!r} and share {share!r}; one of them is needed, a share from 0 to 1")
+    packed = {path: leaves[path].numel() + 4 * leaves[path].shape[0] for path in scores}
+    more = {path: leaves[path].numel() * leaves[path].element_size() - packed[path] for path in scores}
+    least = sum(packed.values())
+    left = int((share or 0) * sum(more.values())) if nbytes is None else nbytes - least
+    if left < 0:
+        raise ValueError(f"search: nbytes is {nbytes}; in INT8 these weights take {least}")
+    kept = []
+    for path in sorted(scores, key=lambda p: -scores[p] / max(more[p], 1)):
+        if scores[path] > 0 and more[path] <= left:
+            kept.append(path)
+            left -= more[path]
+    in_order = [path for path in leaves if path in kept]
+    return Policy([*(Rule(path, weight=None) for path in in_order), *qfn.policy.rules])
+
+
+class _Seeing(Looks):
+    def __init__(self, rules: Policy) -> None:
+        super().__init__(rules)
+        self.seen: list[str] = []
+
+    def look(self, path: str, x: Tensor, weight: Tensor) -> None:
+        self.seen += [] if path in self.seen else [path]
+
+
+def _paths(qfn: Any, params: Any, example: Any) -> list[str]:
+    route = _Seeing(qfn.policy)
+    with torch.no_grad():
+        run(qfn, route, params, *example)
+    return route.seen
+
+
+def _only(policy: Policy, path: str) -> Policy:
+    """The rules of a policy for one path alone."""
+    return Policy([dataclasses.replace(rule, path=path) for rule in policy.rules if rule.weight is not None and _may(rule, path)])
+
+
+def _may(rule: Rule, path: str) -> bool:
+    return any(rule.matches(path, op) for op in rule.ops)
+
+
+def _loss_of(in_float: Any, params: Any, args: Any, kwargs: Any, loss: Any) -> Callable[[Any], Tensor]:
+    """A loss of an output."""
+    if loss is not None:
+        return lambda y: loss(y, *args, **kwargs)
+    with torch.no_grad():
+        want = _tensors(in_float(params, *args, **kwargs))
+    power = max(sum(float(t.square().sum()) for t in want), 1e-30)
+
+    def distance(y: Any) -> Tensor:
+        parts = [(a.float() - b).square().sum() for a, b in zip(_tensors(y, raw=True), want, strict=True)]
+        return sum(parts[1:], parts[0]) / power
+
+    return distance
+
+
+def _tensors(y: Any, raw: bool = False) -> list[Tensor]:
+    """The float tensors of an output, in order."""
+    found = [t for t in torch_pytree.tree_leaves(_plain(y)) if isinstance(t, Tensor) and t.is_floating_point()]
+    return found if raw else [t.detach().float() for t in found]
+
+
+def _plain(y: Any) -> Any:
+    """Outputs of transformers are dicts by another name."""
+    return dict(y) if isinstance(y, dict) else y
+
+
+def _noise(qfn: Any, in_float: Any, params: Any, args: Any, kwargs: Any, loss: Any, paths: list[str]) -> Any:
+    route = _Comparing(qfn.policy)
+    with torch.no_grad():
+        run(qfn, route, params, args, kwargs)
+    for path in paths:
+        noise, signal = route.sums.get(path, (0.0, 1.0))
+        yield path, noise / max(signal, 1e-30)
+
+
+class _Comparing(BoundRoute):
+    """Runs a program in float, and each call in INT8 too."""
+
+    def __init__(self, rules: Policy) -> None:
+        super().__init__(Policy(), False, None)
+        self.rules = rules
+        self.sums: dict[str, tuple[float, float]] = {}
+        self._inside = False
+
+    def multiply(self, op: str, x: Any, weight: Any, axis: int, bias: Any, float_call: Any, rows: Any = None, ends: Any = None) -> Any:
+        exact = super().multiply(op, x, weight, axis, bias, float_call, rows, ends)
+        rule = self.rules.match(weight.path, op)
+        if weight.path and weight.conditioning is None and rule is not None and rule.weight is not None:
+            self.policy = self.rules
+            y = super().multiply(op, x, weight, axis, bias, float_call, rows, ends)
+            self.policy = Policy()
+            noise, signal = self.sums.get(weight.path, (0.0, 0.0))
+            off = (y - exact).double()
+            self.sums[weight.path] = noise + float(off.square().sum()), signal + float(exact.double().square().sum())
+        return exact
+
+
+def _added_loss(qfn: Any, in_float: Any, params: Any, args: Any, kwargs: Any, loss: Any, paths: list[str]) -> Any:
+    of = _loss_of(in_float, params, args, kwargs, loss)
+    with torch.no_grad():
+        base = float(of(in_float(params, *args, **kwargs)))
+        for path in paths:
+            alone = quantize(quantized(qfn), _only(qfn.policy, path))
+            yield path, float(of(alone(params, *args, **kwargs))) - base
+
+
+def _second_order(qfn: Any, in_float: Any, params: Any, args: Any, kwargs: Any, loss: Any, paths: list[str]) -> Any:
+    of = _loss_of(in_float, params, args, kwargs, loss)
+    leaves = weights_of(params)
+    for path in paths:
+        w = leaves[path].detach()
+        rule = next(rule for rule in qfn.policy.rules if _may(rule, path))
+        rows = w if rule.weight is None or w.ndim != 2 else pack_weight(w, -1, rule.weight.grouping).dequantize()
+        error = (rows - w).detach()
+
+        def at(v: Tensor, path: str = path) -> Tensor:
+            return of(in_float(map_leaves(lambda p, leaf: v if p == path else leaf, params), *args, **kwargs))
+
+        product = torch.func.jvp(torch.func.grad(at), (w,), (error,))[1]
+        value = float((error * product).sum()) / 2
+        yield path, value if math.isfinite(value) else math.inf

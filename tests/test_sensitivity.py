@@ -1,0 +1,80 @@
+"""Sensitivity by every method, and the policies that come of it."""
+
+import pytest
+import torch
+from torch import nn
+
+import teint8
+from teint8 import Policy, Quant, Rule
+from teint8.transforms.sensitivity import METHODS
+
+
+def planted(bad: int, device: str) -> tuple[nn.Module, torch.Tensor]:
+    """Six layers, in one of which a few weights are huge, and the channels that they meet small."""
+    torch.manual_seed(bad)
+    net = nn.Sequential(*(m for _ in range(6) for m in (nn.Linear(32, 32), nn.LayerNorm(32), nn.Tanh()))).to(device)
+    with torch.no_grad():
+        net[3 * bad].weight[:, ::16] *= 40
+    return net, torch.randn(32, 32, device=device)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("bad", [0, 2, 5])
+def test_the_planted_layer_comes_first(bad: int, method: str, device: str) -> None:
+    net, x = planted(bad, device)
+    qfn, params = teint8.quantize(net, Policy([Rule(weight=Quant("tensor"))])), dict(net.named_parameters())
+    scores = teint8.sensitivity(qfn, params, x.split(16), method, progress=False)
+    assert next(iter(scores)) == f"{3 * bad}.weight" and len(scores) == 6
+    assert list(scores.values()) == sorted(scores.values(), reverse=True) and all(v > 0 for v in scores.values())
+
+
+def test_second_order_is_what_the_loss_adds(device: str) -> None:
+    """Of weights alone, with a loss of one's own: d^T H d / 2 against the loss itself, whose gradient vanishes at the float weights."""
+    net, x = planted(1, device)
+    params = dict(net.named_parameters())
+    qfn = teint8.quantize(net, Policy([Rule(weight=Quant("tensor"), activation=None)]))
+    want = net(x).detach()
+
+    def loss(y, x):
+        return (y - want).square().sum()
+
+    exact = teint8.sensitivity(qfn, params, [x], "loss", loss=loss, progress=False)
+    second = teint8.sensitivity(qfn, params, [x], "hessian", loss=loss, progress=False)
+    assert set(exact) == set(second)
+    for path in exact:
+        assert abs(second[path] - exact[path]) < 0.25 * exact[path], path
+
+
+def test_the_searched_policy_beats_others_of_the_same_bytes(device: str) -> None:
+    net, x = planted(3, device)
+    qfn, params = teint8.quantize(net), dict(net.named_parameters())
+    scores = teint8.sensitivity(qfn, params, [x], progress=False)
+    policy = teint8.search(qfn, params, scores, share=0.17)
+    assert [rule.path for rule in policy.rules if rule.weight is None] == ["9.weight"]
+
+    def error(policy: Policy) -> float:
+        return float((teint8.quantize(net, policy)(params, x) - net(x)).norm())
+
+    others = [error(Policy([Rule(f"{3 * i}.weight", weight=None), *qfn.policy.rules])) for i in range(6) if i != 3]
+    assert error(policy) < min(others)
+    everything = sum(p.nbytes for n, p in params.items() if n in scores)
+    assert teint8.search(qfn, params, scores, share=0) == qfn.policy
+    assert teint8.search(qfn, params, scores, nbytes=everything) == teint8.search(qfn, params, scores, share=1)
+    assert eval(repr(policy), {"Policy": Policy, "Rule": Rule}) == policy  # a person can edit it
+
+
+def test_bad_input_is_refused(device: str) -> None:
+    net, x = planted(0, device)
+    qfn, params = teint8.quantize(net), dict(net.named_parameters())
+    for error_type, match, call in (
+        (ValueError, "method is 'fisher'", lambda: teint8.sensitivity(qfn, params, [x], "fisher")),
+        (ValueError, "is packed", lambda: teint8.sensitivity(qfn, teint8.pack(qfn, params), [x])),
+        (TypeError, "a list of batches", lambda: teint8.sensitivity(qfn, params, x)),
+        (ValueError, "no linear or matmul", lambda: teint8.sensitivity(teint8.quantize(net, Policy([])), params, [x])),
+        (ValueError, "one of them is needed", lambda: teint8.search(qfn, params, {"0.weight": 1.0})),
+        (ValueError, "share 3", lambda: teint8.search(qfn, params, {"0.weight": 1.0}, share=3)),
+        (ValueError, "in INT8 these weights take 1152", lambda: teint8.search(qfn, params, {"0.weight": 1.0}, nbytes=10)),
+        (ValueError, "which params do not have", lambda: teint8.search(qfn, params, {"nobody": 1.0}, share=0.5)),
+    ):
+        with pytest.raises(error_type, match=match):
+            call()
