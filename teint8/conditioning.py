@@ -30,6 +30,7 @@ class Conditioned:
         rotation: channels of a block that is rotated, a power of two that divides K; 0 for none.
         outliers: channels that stay in float.
         outlier_weight: (N, len(outliers)), the float weight of these; only beside a packed weight.
+        activation_scale: None, or the static scale of the conditioned activation, float32, one number; a packed weight has its own.
 
     Raises:
         TypeError: smoothing of another dtype. ValueError: shapes that do not fit, no powers of two.
@@ -48,6 +49,7 @@ class Conditioned:
     rotation: int = 0
     outliers: tuple[int, ...] = ()
     outlier_weight: Tensor | None = None
+    activation_scale: Tensor | None = None
     checked: dataclasses.InitVar[bool] = True
 
     def __post_init__(self, checked: bool) -> None:
@@ -103,7 +105,9 @@ class Conditioned:
             return self
         w = self.weight.detach()
         aside = w.index_select(-1, self._index(w.device)) if self.outliers else None
-        return dataclasses.replace(self, weight=pack(self.conditioned().detach()), outlier_weight=aside)
+        q = pack(self.conditioned().detach())
+        q = q if self.activation_scale is None else dataclasses.replace(q, activation_scale=self.activation_scale.detach())
+        return dataclasses.replace(self, weight=q, outlier_weight=aside, activation_scale=None)
 
     def dequantize(self) -> Tensor:
         """The weight (N, K) as the model has it: of a packed one its values, taken back out of the basis."""
@@ -118,7 +122,8 @@ class Conditioned:
 
     def unpacked(self) -> "Conditioned":
         """The same with a float weight."""
-        return dataclasses.replace(self, weight=self.dequantize(), outlier_weight=None)
+        static = self.weight.activation_scale if isinstance(self.weight, QTensor) else self.activation_scale
+        return dataclasses.replace(self, weight=self.dequantize(), outlier_weight=None, activation_scale=static)
 
     def _index(self, device: torch.device) -> Tensor:
         return torch.tensor(self.outliers, device=device)
@@ -146,11 +151,12 @@ class Conditioned:
     @property
     def nbytes(self) -> int:
         """Bytes of all that is kept."""
-        return sum(t.nbytes for t in (self.weight, self.smoothing, self.outlier_weight) if t is not None)
+        return sum(t.nbytes for t in (self.weight, self.smoothing, self.outlier_weight, self.activation_scale) if t is not None)
 
     def __repr__(self) -> str:
         parts = ["smoothed"] * (self.smoothing is not None) + [f"rotated by {self.rotation}"] * bool(self.rotation)
         parts += [f"{len(self.outliers)} channels in float"] * bool(self.outliers)
+        parts += ["static activation scale"] * (self.activation_scale is not None)
         inner = self.weight if isinstance(self.weight, QTensor) else f"{'x'.join(map(str, self.shape))} {self.dtype}"
         return f"Conditioned({inner!s}, {', '.join(parts) or 'as it is'})"
 
@@ -207,22 +213,22 @@ def power_of_two(x: Tensor) -> Tensor:
     return torch.exp2(torch.log2(x.float().clamp(2.0**-14, 2.0**14)).round())
 
 
-_Aux = tuple[int, tuple[int, ...], tuple[bool, bool]]
+_OPTIONAL = ("smoothing", "outlier_weight", "activation_scale")
+_Aux = tuple[int, tuple[int, ...], tuple[str, ...]]
+
+
+def _names(c: Conditioned) -> tuple[str, ...]:
+    return ("weight", *(name for name in _OPTIONAL if getattr(c, name) is not None))
 
 
 def _flatten(c: Conditioned) -> tuple[list[Any], _Aux]:
-    have = (c.smoothing is not None, c.outlier_weight is not None)
-    return [c.weight, *(t for t in (c.smoothing, c.outlier_weight) if t is not None)], (c.rotation, c.outliers, have)
+    names = _names(c)
+    return [getattr(c, name) for name in names], (c.rotation, c.outliers, names)
 
 
 def _unflatten(leaves: Iterable[Any], aux: _Aux) -> Conditioned:
-    weight, *rest = leaves
-    rotation, outliers, (smoothed, aside) = aux
-    return Conditioned(weight, rest[0] if smoothed else None, rotation, outliers, rest[-1] if aside else None, checked=False)
-
-
-def _names(c: Conditioned) -> list[str]:
-    return ["weight", *(n for n in ("smoothing", "outlier_weight") if getattr(c, n) is not None)]
+    rotation, outliers, names = aux
+    return Conditioned(**dict(zip(names, leaves, strict=True)), rotation=rotation, outliers=outliers, checked=False)
 
 
 torch_pytree.register_pytree_node(
@@ -236,7 +242,7 @@ torch_pytree.register_pytree_node(
 )
 optree.register_pytree_node(
     Conditioned,  # type: ignore[arg-type]
-    lambda c: (*_flatten(c), tuple(_names(c))),  # type: ignore[arg-type]
+    lambda c: (*_flatten(c), _names(c)),  # type: ignore[arg-type]
     lambda aux, leaves: _unflatten(leaves, aux),  # type: ignore[arg-type,return-value]
     namespace=optree.registry.__GLOBAL_NAMESPACE,
 )

@@ -166,10 +166,7 @@ class QTensor:
             tensor(0.0200)
 
         """
-        value = torch.as_tensor(scale, dtype=torch.float32, device=self.codes.device)
-        if value.numel() != 1 or not bool(value > 0) or not bool(value.isfinite()):
-            raise ValueError(f"QTensor.with_activation_scale: {scale!r} given; one positive finite number is needed")
-        return dataclasses.replace(self, activation_scale=value.reshape(()))
+        return dataclasses.replace(self, activation_scale=check_scale(scale, self.codes.device))
 
     @property
     def shape(self) -> torch.Size:
@@ -202,6 +199,19 @@ class QTensor:
         static = "" if self.activation_scale is None else ", static activation scale"
         size = "x".join(map(str, self.shape))
         return f"QTensor({size}, {self.dtype} as int8, axis={self.axis}, device={self.device}, {self.nbytes} bytes{static})"
+
+
+def check_scale(scale: float | Tensor, device: torch.device) -> Tensor:
+    """A static scale of an activation as float32 ().
+
+    Raises:
+        ValueError: not one positive finite number.
+
+    """
+    value = torch.as_tensor(scale, dtype=torch.float32, device=device)
+    if value.numel() != 1 or not bool(value > 0) or not bool(value.isfinite()):
+        raise ValueError(f"activation scale: {scale!r} given; one positive finite number is needed")
+    return value.reshape(())
 
 
 _Aux = tuple[torch.dtype, int | tuple[int, ...]]

@@ -206,3 +206,44 @@ def test_bad_input_is_refused(device: str) -> None:
     ):
         with pytest.raises(error_type, match=match):
             call()
+
+
+def test_static_scales_of_float_weights(device: str) -> None:
+    """What trains by static scales has the bits of what serves, and clipped activations get no gradient."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(32, 8).to(device), torch.randn(64, 32, device=device)
+    qfn, params = teint8.quantize(model, STATIC), dict(model.named_parameters())
+    static = teint8.scales(teint8.calibrate(qfn, params, [x], progress=False), "percentile", percentile=95.0)
+    ready = teint8.with_scales(params, static)
+    packed = teint8.pack(qfn, ready)
+    assert packed["weight"].weight.activation_scale is not None and packed["weight"].activation_scale is None
+    assert (
+        different(qfn(packed, x), qfn(ready, x))
+        == 0
+        == different(qfn(teint8.with_scales(teint8.pack(qfn, params), static), x), qfn(ready, x))
+    )
+    assert different(qfn(teint8.unpack(packed), x), qfn(ready, x)) == 0
+    gradient = torch.func.grad(lambda x: qfn(ready, x).sum())(x)
+    top = float(static["weight"]) * 127
+    assert bool((gradient[x.abs() > top * 1.01] == 0).all()) and bool((gradient[x.abs() < top * 0.99] != 0).all())
+    weight = torch.func.grad(lambda p: qfn(p, x).square().sum())(ready)["weight"]
+    assert float(weight.weight.norm()) > 0 and float(weight.activation_scale.abs()) == 0
+    compiled = torch.compile(lambda p, x: qfn(p, x), fullgraph=True)
+    assert different(compiled(ready, x), qfn(ready, x)) == 0
+
+
+def test_static_scales_where_a_weight_is_tied(device: str) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.head = nn.Embedding(20, 16), nn.Linear(16, 20, bias=False)
+            self.head.weight = self.table.weight
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.head(torch.tanh(self.table(ids)))
+
+    model, ids = Tied().to(device), torch.arange(20, device=device)
+    qfn, params = teint8.quantize(model, STATIC, strict=True), dict(model.named_parameters())
+    stats = teint8.calibrate(qfn, params, [ids], progress=False)
+    ready = teint8.with_scales(params, teint8.scales(stats, "absmax"))
+    assert float((qfn(ready, ids) - model(ids)).norm() / model(ids).norm()) < 0.02

@@ -226,6 +226,7 @@ def linear(
     weight_granularity: str = "row",
     activation: str | None = "row",
     static: bool = False,
+    activation_scale: Tensor | None = None,
     gradient: str | None = None,
     gradient_granularity: str = "row",
     wgrad: str = "int8",
@@ -246,7 +247,8 @@ def linear(
         weight_granularity: "row" or "tensor", for a float weight; or "block32", "block64", "block128": a scale for so many values
             along K, for a weight (N, K) (``numerics.int8_block_mm``).
         activation: "row" for a scale a token, "tensor" for one in all, "block32" and the like, None for a float activation (W8A16).
-        static: take the activation's scale from ``weight.activation_scale`` (a QTensor's).
+        static: take the activation's scale from ``weight.activation_scale`` (a QTensor's), or from ``activation_scale``.
+        activation_scale: float32, one number, for a float weight.
         gradient: None for a float backward, "nearest" or "stochastic" for an INT8 one.
         gradient_granularity: "row", or that of the blocks of the operands.
         wgrad: "int8" or "float" for dW, where gradient is given.
@@ -274,7 +276,7 @@ def linear(
             x, weight, bias, weight_granularity, activation, gradient, gradient_granularity, wgrad, impl, dtype, weight_codes
         )
     packed = weight if isinstance(weight, QTensor) else None
-    scale = _activation_scale(packed) if static else None
+    scale = _activation_scale(packed, activation_scale) if static else None
     if packed is None:
         w = weight
         _check(x, w, w.dtype, bias, dtype)  # type: ignore[union-attr,arg-type]
@@ -313,12 +315,14 @@ def _by_block(
     return block_linear(x, weight, bias, weight_granularity, activation, how, wgrad, impl, dtype or x.dtype, weight_codes)
 
 
-def _activation_scale(weight: QTensor | None) -> Tensor:
+def _activation_scale(weight: QTensor | None, given: Tensor | None) -> Tensor:
+    if weight is None and given is not None:
+        return given.detach()
     if weight is None or weight.activation_scale is None:
         held = "a float weight" if weight is None else repr(weight)
         raise ValueError(
             f"linear: the activation's scale is static, but there is none: {held} was given. "
-            "Give the packed weight one with QTensor.with_activation_scale(scale), or use Quant(scale='dynamic')."
+            "Give it one with teint8.with_scales(params, scales) or QTensor.with_activation_scale, or use Quant(scale='dynamic')."
         )
     return weight.activation_scale
 

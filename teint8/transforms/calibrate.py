@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from teint8.conditioning import Conditioned
 from teint8.policy import Policy
-from teint8.qtensor import QTensor
+from teint8.qtensor import QTensor, check_scale
 from teint8.transforms.pack import is_packed
 from teint8.transforms.quantize import BoundRoute, quantized, run
 from teint8.transforms.trees import map_leaves, weights_of
@@ -157,30 +157,39 @@ def scales(calibration: Calibration, method: str = "mse", *, percentile: float =
     return {path: torch.where(top > 0, top, torch.ones_like(top)).float() / 127 for path, top in tops.items()}
 
 
-def with_scales(packed: Any, static: Mapping[str, Tensor]) -> Any:
-    """Packed parameters with static scales of the activations, for a rule with ``activation=Quant(scale="static")``.
+def with_scales(params: Any, static: Mapping[str, Tensor]) -> Any:
+    """Parameters with static scales of the activations, for a rule with ``activation=Quant(scale="static")``.
 
     Args:
-        packed: what ``pack`` returned. static: scales by path, as ``scales`` returns them; those of weights that are not packed are
-            left out.
+        params: packed parameters, whose QTensors take the scales, or float ones, whose weights (N, K) become ``Conditioned``: what
+            trains, and what ``pack`` leaves in float.
+        static: scales by path, as ``scales`` returns them.
 
     Raises:
         ValueError: a scale that is not one positive number, or no path that fits.
 
     """
-    paths = set(weights_of(packed))
+    paths = set(weights_of(params))
     if not paths & set(static):
-        raise ValueError(f"with_scales: none of {sorted(static)[:3]} is in the packed tree, which has {sorted(paths)[:3]}")
+        raise ValueError(f"with_scales: none of {sorted(static)[:3]} is in params, which have {sorted(paths)[:3]}")
 
     def give(path: str, leaf: Any) -> Any:
         scale = static.get(path)
         if scale is None:
             return leaf
-        if isinstance(leaf, Conditioned) and isinstance(leaf.weight, QTensor):
-            return dataclasses.replace(leaf, weight=leaf.weight.with_activation_scale(scale))
-        return leaf.with_activation_scale(scale) if isinstance(leaf, QTensor) else leaf
+        inner = leaf.weight if isinstance(leaf, Conditioned) else leaf
+        if isinstance(inner, QTensor):
+            inner = inner.with_activation_scale(scale)
+            return dataclasses.replace(leaf, weight=inner) if isinstance(leaf, Conditioned) else inner
+        value = check_scale(scale, inner.device)
+        if inner.ndim != 2:
+            raise ValueError(
+                f"with_scales: {path} has shape {tuple(inner.shape)}; pack it first: float weights take scales if they are (N, K)"
+            )
+        outer = leaf if isinstance(leaf, Conditioned) else Conditioned(leaf)
+        return dataclasses.replace(outer, activation_scale=value)
 
-    return map_leaves(give, packed)
+    return map_leaves(give, params)
 
 
 def examples_of(qfn: Any, batches: Any, name: str) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:

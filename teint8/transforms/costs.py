@@ -24,12 +24,14 @@ def bytes_of(m: int, n: int, k: int, batch: int, ran_as: str, size: int) -> int:
     return batch * (x + w + m * n * size)
 
 
-def activation_of(x: Tensor, rule: Rule, weight: Any) -> tuple[Tensor | None, tuple[int, Any]]:
+def activation_of(x: Tensor, rule: Rule, weight: Operand) -> tuple[Tensor | None, tuple[int, Any]]:
     """What is quantized of an activation (None if it is float); how many of its dimensions share a scale, and the static one."""
     how = rule.activation
     if how is None:
         return None, (1, None)
-    static = weight.activation_scale if how.scale == "static" and isinstance(weight, QTensor) else None
+    static = None
+    if how.scale == "static":
+        static = weight.value.activation_scale if isinstance(weight.value, QTensor) else weight.static
     if how.granularity == "block":
         return numerics.by_block(x.reshape(-1, x.shape[-1]), how.block), (1, None)
     return x, (1 if how.granularity == "row" or static is not None else x.ndim, static)

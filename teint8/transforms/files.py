@@ -160,7 +160,7 @@ def _skeleton(node: Any, path: str, tensors: dict[str, Tensor], leaves: dict[str
         return {"packed": path}
     if isinstance(node, Conditioned):
         leaves[path] = {"rotation": node.rotation, "outliers": list(node.outliers)}
-        parts = {"smoothing": node.smoothing, "outlier_weight": node.outlier_weight}
+        parts = {name: getattr(node, name) for name in _CONDITIONS}
         tensors |= {f"{path}.{name}": t for name, t in parts.items() if t is not None}
         return {"conditioned": [path, _skeleton(node.weight, f"{path}.weight", tensors, leaves)]}
     if isinstance(node, Tensor):
@@ -212,11 +212,14 @@ def _rebuilt(node: Any, leaves: Any, tensors: dict[str, Tensor], file: pathlib.P
     return made if kind == "list" else tuple(made)
 
 
+_CONDITIONS = ("smoothing", "outlier_weight", "activation_scale")
+
+
 def _conditioned(path: str, weight: Any, leaves: Any, tensors: dict[str, Tensor], file: pathlib.Path) -> Conditioned:
     about = leaves[path]
-    smoothing, aside = (tensors.pop(f"{path}.{name}", None) for name in ("smoothing", "outlier_weight"))
+    parts: dict[str, Any] = {name: tensors.pop(f"{path}.{name}", None) for name in _CONDITIONS}
     try:
-        return Conditioned(weight, smoothing, about["rotation"], tuple(about["outliers"]), aside)
+        return Conditioned(weight, rotation=about["rotation"], outliers=tuple(about["outliers"]), **parts)
     except (TypeError, ValueError) as error:
         raise _bad(file, f"{path} is no conditioned weight: {error}") from None
 

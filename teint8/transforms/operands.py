@@ -16,6 +16,7 @@ class Operand(NamedTuple):
         path: its path in the params, "" where it has none.
         transposed: whether the call sees it with its last two dimensions swapped.
         held: what a route keeps of it.
+        static: the static scale of the activation that meets a float weight, or None.
         conditioning: what its activation goes through before it is quantized, or None.
 
     """
@@ -24,4 +25,5 @@ class Operand(NamedTuple):
     path: str = ""
     transposed: bool = False
     held: Any = None
+    static: Tensor | None = None
     conditioning: Conditioned | None = None

@@ -233,11 +233,12 @@ class Route(Recording, TorchFunctionMode):
             value,
             bias,
             **self._how(rule, x, impl),
+            activation_scale=weight.static,
             weight_codes=None if rows is not None else self.weight_codes(weight, value, axis, rule, cut),
         )
         y = y if cut is None else y[..., cut]
         if fields is not None:
-            seen, scale = activation_of(x, rule, weight.value)
+            seen, scale = activation_of(x, rule, weight)
             self.measure(fields, y, lambda: exact_product(x, whole, axis, bias, channels), seen, *scale)
         return y
 
@@ -252,7 +253,7 @@ class Route(Recording, TorchFunctionMode):
         value: Any = conditioning.weight if isinstance(conditioning.weight, QTensor) else conditioning.conditioned()
         if conditioning.rotation and isinstance(value, QTensor):  # which leaves float32
             value = dataclasses.replace(value, dtype=inside.dtype)
-        whole = weight._replace(value=value, transposed=False, conditioning=None)
+        whole = weight._replace(value=value, transposed=False, static=conditioning.activation_scale, conditioning=None)
 
         def in_float() -> Any:
             y = torch.matmul(inside, (value.dequantize() if isinstance(value, QTensor) else value)[rows or slice(None)].mT)
