@@ -6,6 +6,7 @@ from teint8.transforms.correct import correct_bias
 from teint8.transforms.explain import explain
 from teint8.transforms.files import PackedFile, load_packed, save_packed
 from teint8.transforms.fold import fold_batchnorm
+from teint8.transforms.interchange import from_torchao, load_compressed_tensors, save_compressed_tensors
 from teint8.transforms.pack import pack, unpack
 from teint8.transforms.quantize import quantize
 from teint8.transforms.receipt import Receipt, Record
@@ -26,13 +27,16 @@ __all__ = [
     "correct_bias",
     "explain",
     "fold_batchnorm",
+    "from_torchao",
     "gptq",
     "keep_outliers",
+    "load_compressed_tensors",
     "load_packed",
     "merge",
     "pack",
     "quantize",
     "rotate",
+    "save_compressed_tensors",
     "save_packed",
     "scales",
     "search",
