@@ -62,6 +62,8 @@ class _Linear(torch.autograd.Function):
         if not how.keep:
             if xq is not None:
                 x = None
+            if not ctx.needs_input_grad[1]:  # dX wants nothing of x: a frozen weight, under adapters
+                x = xq = xs = None
             if how.gradient and how.wgrad == "int8":  # dW wants x along the tokens
                 xq = xs = None
             if how.gradient and (w is not None or wtq is not None):  # dX wants w along its channels
@@ -164,7 +166,7 @@ def _linear(
     """The linear of flat operands, with its weight already quantized, and its activation perhaps."""
     clipped = seed = None
     wanted = differentiates(x, w, bias)
-    columns = wanted and bool(gradient) and wgrad == "int8"
+    columns = wanted and bool(gradient) and wgrad == "int8" and differentiates(w)
     if x_codes is None:
         x_codes = _activation_codes(x.detach(), activation, activation_scale, columns, impl)
     xq: Any
@@ -212,9 +214,9 @@ def keeps() -> bool:
 
 
 def differentiates(*tensors: Tensor | None) -> bool:
-    """Whether a derivative by any of these may be asked for."""
+    """Whether a derivative by any of these may be asked for; never by None."""
     if keeps():
-        return True
+        return any(t is not None for t in tensors)
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
@@ -294,7 +296,7 @@ def linear(
     flat = x if wq.ndim > 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     x_codes = None
     if shared is not None and activation == "row" and scale is None:
-        columns = bool(gradient) and wgrad == "int8" and differentiates(x, w, bias)  # type: ignore[arg-type]
+        columns = bool(gradient) and wgrad == "int8" and w is not None and differentiates(w)  # type: ignore[arg-type]
         how = (columns, wq.ndim > 2, impl)
         x_codes = shared.codes(x, how, lambda: _activation_codes(flat.detach(), "row", None, columns, impl))
     y: Tensor = _linear(flat, w, bias, x_codes, codes, activation or "", scale, gradient or "", wgrad, impl, dtype or x.dtype)
