@@ -158,16 +158,18 @@ def sensitivity_rows() -> list[dict[str, Any]]:
     batch = dict(tokenizer(texts[:4], padding=True, return_tensors="pt").to(device))
     qfn = teint8.quantize(model)
     paths = [path for path in teint8.sensitivity(qfn, params, [batch], "sqnr", progress=False) if "pooler" not in path]
-    found: dict[str, int] = dict.fromkeys(("hessian", "sqnr", "loss"), 0)
+    stats = teint8.calibrate(qfn, params, [batch], progress=False)
+    found: dict[str, int] = dict.fromkeys(("hessian", "sqnr"), 0)
     generator = torch.Generator().manual_seed(0)
     for trial in range(20):
         bad = paths[int(torch.randint(len(paths), (), generator=generator))]
         w = params[bad].clone()
-        column = torch.randint(w.shape[1], (w.shape[0], 1), generator=generator).to(device)
-        w.scatter_(1, column, w.gather(1, column).sign() * 4 * w.abs().max())
+        quiet = int(
+            stats[bad].sums.argmin()
+        )  # the input that says least: twenty times the largest weight there changes the model least
+        w[:, quiet] = 20 * w.abs().max() * (torch.randint(2, (len(w),), generator=generator) * 2 - 1).to(device)
         for method in found:
-            # by the embedding: what the model is used for
-            scores = teint8.sensitivity(qfn, {**params, bad: w}, [batch], method, loss=None, progress=False)
+            scores = teint8.sensitivity(qfn, {**params, bad: w}, [batch], method, progress=False)
             found[method] += next(iter(scores)) == bad
         print(trial + 1, found, flush=True)
     rows: list[dict[str, Any]] = [
@@ -182,7 +184,8 @@ def sensitivity_rows() -> list[dict[str, Any]]:
         searched = teint8.search(qfn, params, scores, share=share)
         budget = sum(params[rule.path].numel() for rule in searched.rules if rule.weight is None)
         uniform: list[str] = []
-        for path in paths[:: max(1, round(1 / share))]:  # every so many layers in the order of the model
+        every = max(1, round(1 / share))  # so many layers in the order of the model, then others for what is left of the budget
+        for path in [*paths[::every], *(p for i, p in enumerate(paths) if i % every)]:
             if sum(params[p].numel() for p in [*uniform, path]) <= budget:
                 uniform.append(path)
         policies = {"searched": searched, "uniform": Policy([*(Rule(p, weight=None) for p in uniform), *DYNAMIC.rules])}

@@ -81,7 +81,7 @@ def main() -> list[dict[str, object]]:
         name: lambda of=of, name=name: forward(of, None if name == "bf16" else "nearest") for name, of in leaves.items()
     }
     for name, peer in (peers.training(model, "torchao fp8 tensorwise") if DEVICE == "cuda" else {}).items():
-        leaves[name] = {"x": x.clone().requires_grad_(), **dict(peer.named_parameters())}
+        leaves[name] = {"x": x.clone().requires_grad_(), **{n.removeprefix("_orig_mod."): p for n, p in peer.named_parameters()}}
         runs[name] = lambda peer=peer, source=leaves[name]["x"]: peer(source)
 
     def step(name: str) -> None:

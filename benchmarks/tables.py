@@ -13,7 +13,7 @@ from typing import Any
 from common import RESULTS
 
 ROOT = pathlib.Path(__file__).parent.parent
-PAGE, README = ROOT / "docs" / "performance.md", ROOT / "README.md"
+PAGE, README, ACCURACY = ROOT / "docs" / "performance.md", ROOT / "README.md", ROOT / "docs" / "accuracy.md"
 BEGIN, END = "<!-- tables: written by benchmarks/tables.py -->", "<!-- end of the tables -->"
 # pages in this order; a file that another version of its script wrote shows the columns it has
 NAMES = (
@@ -38,6 +38,13 @@ NAMES = (
     "qat",
     "files",
     "families",
+    "attention",
+    "accuracy_minilm",
+    "accuracy_smollm2",
+    "accuracy_rounding",
+    "accuracy_sensitivity",
+    "smoothing",
+    "lora",
 )
 
 
@@ -58,7 +65,7 @@ def table(name: str) -> str:
     place = ", ".join([found["device"], *versions, found["date"]])
     clocks = f"; clock, its limit, power, its limit right after: {found['clocks']}" if found.get("clocks") else ""
     script = name if (pathlib.Path(__file__).parent / f"{name}.py").exists() else "compile"
-    script = script if name != "efficientnet_agreement" else "efficientnet"
+    script = "efficientnet" if name == "efficientnet_agreement" else "accuracy" if name.startswith("accuracy_") else script
     lines = [f"### {name}", "", f"`benchmarks/{script}.py`; {place}{clocks}.", ""]
     lines += ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(cell(row.get(c)) for c in columns) + " |" for row in rows]
@@ -134,6 +141,31 @@ def _qat() -> list[list[str]]:
     return [["", *kinds], *rows]
 
 
+def _accuracy() -> list[list[str]]:
+    minilm = {(r["method"], r["activation"]): r for r in rows_of("accuracy_minilm")}
+    smol = {(r["method"], r["activation"]): r for r in rows_of("accuracy_smollm2")}
+    rows = []
+    for key, r in minilm.items():
+        if key[1] in ("a scale a token", "static, absmax", "static, mse"):
+            s = smol[key]
+            rows.append([*key, f"{r['mean']:.4f}", f"{r['least']:.4f}", f"{s['perplexity']:.3f}x", f"{100 * s['top-1']:.1f}%"])
+    return [["method", "activation", "MiniLM: mean cosine", "least", "SmolLM2: perplexity", "same first choice"], *rows]
+
+
+def _rounding() -> list[list[str]]:
+    rows = [
+        [r["method"], r["granularity"], f"{r['error to nearest']:.2f}", f"{r['worst layer']:.2f}"] for r in rows_of("accuracy_rounding")
+    ]
+    return [["method", "weight's scales by", "error", "worst layer"], *rows]
+
+
+def _lora() -> list[list[str]]:
+    rows = [[r["weights"], f"{r['loss first']:.3f}", f"{r['loss last']:.3f}", f"{r['gradient error']:.3f}", f"{r['weights MB']:.0f}",
+             f"{r['kept MB']:.0f}"] for r in rows_of("lora")]  # fmt: skip
+    return [["frozen weights", "first loss", "last", "adapters' gradient error", "MB of weights", "MB kept for the backward"], *rows]
+
+
+OF_ACCURACY: dict[str, Callable[[], list[list[str]]]] = {"accuracy": _accuracy, "rounding": _rounding, "lora": _lora}
 OF_README: dict[str, Callable[[], list[list[str]]]] = {
     "gemm": _gemm, "inference": _inference, "decode": _decode, "training": _training, "curves": _curves, "cpu": _cpu,
     "efficientnet": _efficientnet, "qat": _qat,
@@ -141,15 +173,15 @@ OF_README: dict[str, Callable[[], list[list[str]]]] = {
 """The tables of README.md by the name in their markers, their first rows the heads."""
 
 
-def with_tables(text: str) -> str:
-    """A README with the tables as they are to be."""
-    for name, make in OF_README.items():
+def with_tables(text: str, tables: dict[str, Callable[[], list[list[str]]]] = OF_README) -> str:
+    """A page with the tables as they are to be."""
+    for name, make in tables.items():
         head, *rows = ["| " + " | ".join(cells) + " |" for cells in make()]
         body = "\n".join([head, "|" + "---|" * (head.count(" | ") + 1), *rows])
         begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
         pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
         if len(pattern.findall(text)) != 1:
-            raise ValueError(f"README.md must have {begin} and {end} once")
+            raise ValueError(f"the page must have {begin} and {end} once")
         text = pattern.sub(lambda _, block=f"{begin}\n\n{body}\n\n{end}": block, text)
     return text
 
@@ -159,6 +191,7 @@ def main() -> None:
     _, _, after = rest.partition(END)
     PAGE.write_text(f"{before}{BEGIN}\n\n{render()}\n\n{END}{after}")
     README.write_text(with_tables(README.read_text()))
+    ACCURACY.write_text(with_tables(ACCURACY.read_text(), OF_ACCURACY))
 
 
 if __name__ == "__main__":

@@ -59,8 +59,9 @@ def test_the_function_stays_and_serving_has_the_bits_of_training(way: str, dtype
     y = qfn(ready, x)
     assert y.dtype == dtype and different(qfn(packed, x), y) == 0
     plain = float((qfn(params, x).double() - exact).norm())
-    # of an arbitrary smoothing there is nothing to be gained
-    assert float((y.double() - exact).norm()) < (0.93 if way in ("rotation", "outliers") else 1.6) * plain
+    # of an arbitrary smoothing there is nothing to be gained, and bfloat16 hides what there is
+    gains = way in ("rotation", "outliers") and dtype == torch.float32
+    assert float((y.double() - exact).norm()) < (0.93 if gains else 1.6) * plain
     back = teint8.unpack(packed)
     for name in ("0.weight", "2.weight"):
         step = ready[name].conditioned().abs().max() / 127

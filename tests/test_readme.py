@@ -13,7 +13,7 @@ def test_every_block_runs(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(tmp_path)
     text = (ROOT / "README.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     exec("\n".join(blocks), {})
 
 
@@ -23,12 +23,22 @@ def test_every_block_of_the_page_about_compiled_code_runs() -> None:
     exec(blocks[0], {})
 
 
+def test_every_block_of_the_page_about_accuracy_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/accuracy.md").read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    exec("\n".join(blocks), {})
+    plain, ready, static, better = (float(word) for word in capsys.readouterr().out.split() if re.fullmatch(r"0\.\d+", word))
+    assert better < ready < 0.5 * plain and static < plain
+
+
 def test_every_figure_is_the_one_that_a_benchmark_wrote(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    from tables import rows_of, with_tables
+    from tables import OF_ACCURACY, rows_of, with_tables
 
     text = (ROOT / "README.md").read_text()
     assert with_tables(text) == text  # python benchmarks/tables.py writes the tables
+    page = (ROOT / "docs/accuracy.md").read_text()
+    assert with_tables(page, OF_ACCURACY) == page
     wanted = [f"{r['work']}, {r['way']} {r['to bf16 compiled']:.2f}x" for r in rows_of("block") if r["way"] in ("module", "fused")]
     above = {r["call"]: r["above F.linear"] for r in rows_of("overhead")}
     wanted.append(f"{above['ops.linear, packed']:.0f} us more than `F.linear`")
@@ -45,6 +55,11 @@ def test_every_figure_is_the_one_that_a_benchmark_wrote(monkeypatch: pytest.Monk
     peak = {r["what"]: r["MB"] for r in rows_of("memory")}
     wanted.append(f"INT8 training step is {share['peak of a step, int8 fused']:.2f} of eager")
     wanted.append(f"{peak['peak of a step, int8 fused'] / peak['peak of a step, bf16 compiled']:.2f} of compiled bf16's")
+    cosine = {(r["method"], r["activation"]): r["mean"] for r in rows_of("accuracy_minilm")}
+    wanted.append(f"mean cosine {cosine['plain', 'static, absmax']:.3f} plain, {cosine['smooth, rotate', 'static, mse']:.4f} so")
+    ratio = {(r["method"], r["activation"]): r["perplexity"] for r in rows_of("accuracy_smollm2")}
+    wanted.append(f"perplexity {ratio['plain', 'static, absmax']:.2f}x of float's")
+    wanted.append(f"as they are, {ratio['smooth, rotate', 'static, mse']:.3f}x so")
     text = " ".join(text.split())
     assert [line for line in wanted if line not in text] == []
     ratios = [r["to floats"] for r in rows_of("compile_times") if r["compiled"] != "floats"]
