@@ -39,16 +39,28 @@ def test_second_order_is_what_the_loss_adds(device: str) -> None:
         return (y - want).square().sum()
 
     exact = teint8.sensitivity(qfn, params, [x], "loss", loss=loss, progress=False)
-    second = teint8.sensitivity(qfn, params, [x], "hessian", loss=loss, progress=False)
+    second = teint8.sensitivity(qfn, params, [x], "taylor", loss=loss, progress=False)
     assert set(exact) == set(second)
     for path in exact:
         assert abs(second[path] - exact[path]) < 0.25 * exact[path], path
 
 
+def test_the_trace_is_that_of_the_hessian(device: str) -> None:
+    """Of one linear and a squared loss the Hessian is known: its diagonal is twice the inputs' second moments."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(24, 8, bias=False).to(device), torch.randn(64, 24, device=device)
+    params = {"weight": model.weight.detach()}
+    qfn = teint8.quantize(model)
+    found = teint8.sensitivity(qfn, params, [x], "hessian", loss=lambda y, x: y.square().sum(), progress=False)["weight"]
+    off = teint8.pack(qfn, params)["weight"].dequantize() - params["weight"]
+    exact = float(2 * x.square().sum() / 24) * float(off.square().sum())
+    assert abs(found / exact - 1) < 0.15  # four probes
+
+
 def test_the_searched_policy_beats_others_of_the_same_bytes(device: str) -> None:
     net, x = planted(3, device)
-    qfn, params = teint8.quantize(net), dict(net.named_parameters())
-    scores = teint8.sensitivity(qfn, params, [x], progress=False)
+    qfn, params = teint8.quantize(net, Policy([Rule(weight=Quant("tensor"))])), dict(net.named_parameters())
+    scores = teint8.sensitivity(qfn, params, [x], "taylor", progress=False)
     policy = teint8.search(qfn, params, scores, share=0.17)
     assert [rule.path for rule in policy.rules if rule.weight is None] == ["9.weight"]
 

@@ -10,13 +10,15 @@ import torch.utils._pytree as torch_pytree
 from torch import Tensor
 from tqdm import tqdm
 
+from teint8.conditioning import Conditioned
 from teint8.policy import Policy, Rule
 from teint8.transforms.calibrate import Looks, examples_of, refuse_packed
 from teint8.transforms.pack import pack_weight
 from teint8.transforms.quantize import BoundRoute, quantize, quantized, run
 from teint8.transforms.trees import map_leaves, weights_of
 
-METHODS = ("sqnr", "loss", "hessian")
+METHODS = ("hessian", "taylor", "loss", "sqnr")
+_PROBES = 4
 
 
 def sensitivity(
@@ -33,10 +35,11 @@ def sensitivity(
     Args:
         qfn: a result of ``quantize``. params: its float parameters.
         batches: example inputs, as for ``calibrate``; a few are enough.
-        method: "sqnr": the noise of each layer's own output, to its signal. "loss": the loss that quantizing this layer alone adds.
-            "hessian": what rounding its weight adds to the loss in second order, ``d^T H d / 2`` with d = w_hat - w, by a
-            Hessian-vector product through the function (jvp of grad), as HAWQ (Dong et al., 2019) but with the error itself for a
-            direction, and no random ones.
+        method: "hessian": the mean of the Hessian's diagonal times the squared error of the rounded weight (HAWQ-V2, Dong et al.,
+            2020), the trace by four Hessian-vector products through the function (jvp of grad) with random signs, always the
+            same, for all layers at once. "taylor": what rounding its weight adds in second order, ``d^T H d / 2`` with
+            d = w_hat - w: a product for each layer. "loss": the loss that quantizing this layer alone adds. "sqnr": the noise of
+            its own output, to its signal.
         loss: ``loss(output, *args, **kwargs)``, a scalar, of the output and the batch's arguments; unless given, the mean squared
             distance to the float output, to its mean square.
         progress: show a progress bar.
@@ -65,7 +68,7 @@ def sensitivity(
     if not paths:
         raise ValueError(f"sensitivity: no linear or matmul by a weight is quantized by {qfn.policy!r}")
     in_float = quantize(quantized(qfn), Policy())
-    score = {"sqnr": _noise, "loss": _added_loss, "hessian": _second_order}[method]
+    score = {"sqnr": _noise, "loss": _added_loss, "taylor": _taylor, "hessian": _traces}[method]
     found = dict.fromkeys(paths, 0.0)
     with tqdm(total=len(examples) * len(paths), desc=f"sensitivity: {method}", disable=not progress) as bar:
         for args, kwargs in examples:
@@ -212,18 +215,55 @@ def _added_loss(qfn: Any, in_float: Any, params: Any, args: Any, kwargs: Any, lo
             yield path, float(of(alone(params, *args, **kwargs))) - base
 
 
-def _second_order(qfn: Any, in_float: Any, params: Any, args: Any, kwargs: Any, loss: Any, paths: list[str]) -> Any:
-    of = _loss_of(in_float, params, args, kwargs, loss)
-    leaves = weights_of(params)
+def _errors(qfn: Any, leaves: dict[str, Any], paths: list[str]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Weights, and what rounding does to them; conditioned ones in the model's own basis."""
+    found = {}
     for path in paths:
-        w = leaves[path].detach()
+        leaf = leaves[path]
         rule = next(rule for rule in qfn.policy.rules if _may(rule, path))
-        rows = w if rule.weight is None or w.ndim != 2 else pack_weight(w, -1, rule.weight.grouping).dequantize()
-        error = (rows - w).detach()
+        how = "row" if rule.weight is None else rule.weight.grouping
+        conditioned = leaf if isinstance(leaf, Conditioned) else Conditioned(leaf)
+        w = conditioned.weight.detach()  # type: ignore[union-attr]
+        found[path] = w, conditioned.packed(lambda v, how=how: pack_weight(v, -1, how)).dequantize().detach().to(w.dtype) - w
+    return found
+
+
+def _at(params: Any, weights: dict[str, Tensor]) -> Any:
+    """The parameters with these weights."""
+
+    def give(path: str, leaf: Any) -> Any:
+        if path not in weights:
+            return leaf
+        return dataclasses.replace(leaf, weight=weights[path], checked=False) if isinstance(leaf, Conditioned) else weights[path]
+
+    return map_leaves(give, params)
+
+
+def _taylor(qfn: Any, in_float: Any, params: Any, args: Any, kwargs: Any, loss: Any, paths: list[str]) -> Any:
+    of = _loss_of(in_float, params, args, kwargs, loss)
+    for path, (w, error) in _errors(qfn, weights_of(params), paths).items():
 
         def at(v: Tensor, path: str = path) -> Tensor:
-            return of(in_float(map_leaves(lambda p, leaf: v if p == path else leaf, params), *args, **kwargs))
+            return of(in_float(_at(params, {path: v}), *args, **kwargs))
 
         product = torch.func.jvp(torch.func.grad(at), (w,), (error,))[1]
         value = float((error * product).sum()) / 2
         yield path, value if math.isfinite(value) else math.inf
+
+
+def _traces(qfn: Any, in_float: Any, params: Any, args: Any, kwargs: Any, loss: Any, paths: list[str]) -> Any:
+    of = _loss_of(in_float, params, args, kwargs, loss)
+    errors = _errors(qfn, weights_of(params), paths)
+    weights = {path: w for path, (w, _) in errors.items()}
+
+    def at(weights: dict[str, Tensor]) -> Tensor:
+        return of(in_float(_at(params, weights), *args, **kwargs))
+
+    generator, traces = torch.Generator().manual_seed(0), dict.fromkeys(paths, 0.0)
+    for _ in range(_PROBES):
+        signs = {path: (torch.randint(2, w.shape, generator=generator) * 2 - 1).to(w) for path, w in weights.items()}
+        products = torch.func.jvp(torch.func.grad(at), (weights,), (signs,))[1]
+        for path in paths:
+            traces[path] += float((signs[path] * products[path]).sum()) / _PROBES
+    for path, (w, error) in errors.items():
+        yield path, max(traces[path], 0.0) / w.numel() * float(error.square().sum())
