@@ -72,8 +72,7 @@ def test_the_function_stays_and_serving_has_the_bits_of_training(way: str, dtype
         torch.testing.assert_close(in_float(tree, x).double(), exact, rtol=0.05, atol=0.12)
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("way", "compiled"), [*((way, False) for way in WAYS), ("all", True)])
 def test_gradients_are_those_of_the_ste_in_that_basis(way: str, compiled: bool, device: str) -> None:
     model, x = net(device)
     ready, qfn = conditioned(dict(model.named_parameters()), way), teint8.quantize(model)

@@ -103,6 +103,8 @@ def test_other_policies_compiled_equal_eager(policy: str, device: str) -> None:
 @pytest.mark.parametrize("backend", ["inductor", "aot_eager", "teint8"])
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_packed_weights_compiled(program: str, backend: str, device: str) -> None:
+    if program == "encoder" and backend == "teint8":
+        pytest.skip("a quantized function is compiled by either the same way; the table has it: tests/grid_table.py")
     qfn, params, x = grid.programs(program, device=device)
     packed = teint8.pack(qfn, params, x)
     for name, run in grid.OF_INPUTS.items():

@@ -72,7 +72,7 @@ def test_the_searched_policy_beats_others_of_the_same_bytes(device: str) -> None
     everything = sum(p.nbytes for n, p in params.items() if n in scores)
     assert teint8.search(qfn, params, scores, share=0) == qfn.policy
     assert teint8.search(qfn, params, scores, nbytes=everything) == teint8.search(qfn, params, scores, share=1)
-    assert eval(repr(policy), {"Policy": Policy, "Rule": Rule}) == policy  # a person can edit it
+    assert eval(repr(policy), {"Policy": Policy, "Rule": Rule, "Quant": Quant}) == policy  # a person can edit it
 
 
 def test_bad_input_is_refused(device: str) -> None:
