@@ -159,7 +159,7 @@ def sensitivity_rows() -> list[dict[str, Any]]:
     qfn = teint8.quantize(model)
     paths = [path for path in teint8.sensitivity(qfn, params, [batch], "sqnr", progress=False) if "pooler" not in path]
     stats = teint8.calibrate(qfn, params, [batch], progress=False)
-    found: dict[str, int] = dict.fromkeys(("hessian", "taylor", "sqnr"), 0)
+    found: dict[str, int] = dict.fromkeys(("hessian", "sqnr"), 0)
     generator = torch.Generator().manual_seed(0)
     for trial in range(20):
         bad = paths[int(torch.randint(len(paths), (), generator=generator))]

@@ -13,6 +13,7 @@ import torch
 import torch.utils._pytree as torch_pytree
 from torch import Tensor
 
+from teint8.ops.rotation import hadamard
 from teint8.qtensor import QTensor
 
 
@@ -168,27 +169,6 @@ def _check_smoothing(smoothing: Tensor, k: int) -> None:
         raise ValueError(f"Conditioned: smoothing has shape {tuple(smoothing.shape)} and K is {k}; ({k},) is needed")
     if not bool((smoothing.detach().frexp().mantissa == 0.5).all()):
         raise ValueError("Conditioned: smoothing holds numbers that are no powers of two; dividing by them would round")
-
-
-def hadamard(x: Tensor, block: int) -> Tensor:
-    """x (..., K), each block of channels multiplied by a Hadamard matrix of +1 and -1 (Sylvester's); twice it is ``block`` times x.
-
-    Sums go pairwise, in a fixed order: the same bits on every device and for every batch. ``block`` is a power of two that divides K.
-
-    Example:
-        >>> hadamard(torch.tensor([1.0, 2.0, 3.0, 4.0]), 4)
-        tensor([10., -2., -4.,  0.])
-
-    """
-    shape = x.shape
-    x = x.reshape(*shape[:-1], shape[-1] // block, block)
-    span = 1
-    while span < block:
-        pairs = x.unflatten(-1, (block // (2 * span), 2, span))
-        a, b = pairs.unbind(-2)
-        x = torch.stack((a + b, a - b), -2).flatten(-3)
-        span *= 2
-    return x.reshape(shape)
 
 
 def largest_block(k: int, most: int = 1024) -> int:

@@ -10,7 +10,8 @@ from torch import nn
 
 import teint8
 from teint8 import Conditioned, Policy, QTensor, Quant, Rule
-from teint8.conditioning import hadamard, largest_block, power_of_two
+from teint8.conditioning import largest_block, power_of_two
+from teint8.ops.rotation import hadamard
 
 WAYS = {
     "smoothing": lambda w: Conditioned(w, smoothing=torch.exp2(2.0 * (torch.arange(w.shape[1], device=w.device) == 3))),
@@ -44,6 +45,29 @@ def test_hadamard_against_its_matrix() -> None:
     assert torch.equal(hadamard(x, 1), x) and (largest_block(96), largest_block(96, 8), largest_block(5)) == (32, 8, 1)
     assert torch.equal(hadamard(x, 32)[1, 2], hadamard(x[1, 2], 32))  # a row's bits do not depend on the others
     assert power_of_two(torch.tensor([0.0, 1.4, 1.5, 1e9])).tolist() == [2.0**-14, 1.0, 2.0, 2.0**14]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_derivatives_of_hadamard(compiled: bool, device: str) -> None:
+    x, v = torch.randn(2, 3, 5, 32, device=device, dtype=torch.float64)
+    weights = torch.arange(32.0, device=device).double()
+
+    def f(x):
+        return (hadamard(x, 8).sin() * weights).sum()
+
+    def by_matrix(x):
+        matrix = hadamard(torch.eye(32, device=x.device, dtype=x.dtype), 8)
+        return ((x @ matrix).sin() * weights).sum()
+
+    runs = {
+        "grad": lambda f: torch.func.grad(f)(x),
+        "jvp": lambda f: torch.func.jvp(f, (x,), (v,))[1],
+        "hvp": lambda f: torch.func.jvp(torch.func.grad(f), (x,), (v,))[1],
+        "vmap": lambda f: torch.func.vmap(torch.func.grad(f), in_dims=1, out_dims=1)(x),
+    }
+    for name, run in runs.items():
+        got = (torch.compile(lambda run=run: run(f), fullgraph=True) if compiled else lambda run=run: run(f))()
+        torch.testing.assert_close(got, run(by_matrix), msg=name)
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -54,7 +54,7 @@ def test_the_trace_is_that_of_the_hessian(device: str) -> None:
     found = teint8.sensitivity(qfn, params, [x], "hessian", loss=lambda y, x: y.square().sum(), progress=False)["weight"]
     off = teint8.pack(qfn, params)["weight"].dequantize() - params["weight"]
     exact = float(2 * x.square().sum() / 24) * float(off.square().sum())
-    assert abs(found / exact - 1) < 0.15  # four probes
+    assert abs(found / exact - 1) < 0.15  # eight probes
 
 
 def test_the_searched_policy_beats_others_of_the_same_bytes(device: str) -> None:

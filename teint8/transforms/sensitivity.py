@@ -18,7 +18,7 @@ from teint8.transforms.quantize import BoundRoute, quantize, quantized, run
 from teint8.transforms.trees import map_leaves, weights_of
 
 METHODS = ("hessian", "taylor", "loss", "sqnr")
-_PROBES = 4
+_PROBES = 8
 
 
 def sensitivity(
@@ -36,7 +36,7 @@ def sensitivity(
         qfn: a result of ``quantize``. params: its float parameters.
         batches: example inputs, as for ``calibrate``; a few are enough.
         method: "hessian": the mean of the Hessian's diagonal times the squared error of the rounded weight (HAWQ-V2, Dong et al.,
-            2020), the trace by four Hessian-vector products through the function (jvp of grad) with random signs, always the
+            2020), the trace by eight Hessian-vector products through the function (jvp of grad) with random signs, always the
             same, for all layers at once. "taylor": what rounding its weight adds in second order, ``d^T H d / 2`` with
             d = w_hat - w: a product for each layer. "loss": the loss that quantizing this layer alone adds. "sqnr": the noise of
             its own output, to its signal.
