@@ -135,7 +135,7 @@ def rounding_rows() -> list[dict[str, Any]]:
             out = {}
             for path, moment in others.items():
                 off = packed[path].dequantize() - params[path].detach()
-                out[path] = float(((off @ moment) * off).sum())
+                out[path] = float(((off @ moment.mean) * off).sum())
             return out
 
         nearest = errors(teint8.pack(qfn, params))

@@ -5,6 +5,7 @@ channels of x are far larger than the rest, a basis in which they are not costs 
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 import torch.utils._pytree as torch_pytree
 from torch import Tensor
 
+from teint8 import _torch
 from teint8.ops.rotation import hadamard
 from teint8.qtensor import QTensor
 
@@ -27,11 +29,13 @@ class Conditioned:
 
     Attributes:
         weight: the float weight as the model has it, which trains as any other; or, once packed, a QTensor of the conditioned one.
-        smoothing: None, or float32 (K,): powers of two, so that dividing by them rounds nothing.
+        smoothing: None, or float32 (K,): powers of two, so that dividing by them rounds nothing. Its gradient is zero: give an
+            optimizer the weights alone, for weight decay would shrink it.
         rotation: channels of a block that is rotated, a power of two that divides K; 0 for none.
         outliers: channels that stay in float.
         outlier_weight: (N, len(outliers)), the float weight of these; only beside a packed weight.
-        activation_scale: None, or the static scale of the conditioned activation, float32, one number; a packed weight has its own.
+        activation_scale: None, or the static scale of the conditioned activation, float32, one number; a packed weight has its
+            own. With nothing else the weight may have any layout.
 
     Raises:
         TypeError: smoothing of another dtype. ValueError: shapes that do not fit, no powers of two.
@@ -56,6 +60,8 @@ class Conditioned:
     def __post_init__(self, checked: bool) -> None:
         if not checked:  # a pytree is rebuilt, perhaps with placeholders
             return
+        if not self.changes_basis:
+            return
         if isinstance(self.weight, QTensor) and self.weight.axis != -1:
             raise ValueError(f"Conditioned: {self.weight!r}; a weight (N, K) as nn.Linear has it is needed, with axis -1")
         if self.weight.ndim != 2:
@@ -65,37 +71,48 @@ class Conditioned:
             raise ValueError(f"Conditioned: rotation is {self.rotation} and K is {k}; a power of two that divides K is needed, or 0")
         if self.smoothing is not None:
             _check_smoothing(self.smoothing, k)
-        if not all(isinstance(c, int) and 0 <= c < k for c in self.outliers):
-            raise ValueError(f"Conditioned: outliers are {self.outliers!r}; channels from 0 to {k - 1} are needed")
+        self._check_outliers(n, k)
+
+    def _check_outliers(self, n: int, k: int) -> None:
+        ordered = all(isinstance(c, int) and 0 <= c < k for c in self.outliers) and list(self.outliers) == sorted(set(self.outliers))
+        if not ordered:
+            raise ValueError(f"Conditioned: outliers are {self.outliers!r}; channels from 0 to {k - 1} are needed, in order, each once")
         wanted = (n, len(self.outliers)) if isinstance(self.weight, QTensor) and self.outliers else None
         found = None if self.outlier_weight is None else tuple(self.outlier_weight.shape)
         if wanted != found:
             raise ValueError(f"Conditioned: outlier_weight has shape {found}; {wanted} is needed for {self.weight!r}")
 
+    @property
+    def changes_basis(self) -> bool:
+        """Whether there is more than a static scale: that serves a weight of any layout."""
+        return self.smoothing is not None or bool(self.rotation) or bool(self.outliers)
+
     def apply(self, x: Tensor) -> Tensor:
-        """x (..., K) as it is quantized; in float32 where it is rotated."""
+        """x (..., K) as it is quantized; in float32 where it is rotated, and where a half is smoothed, for it would round."""
         if self.outliers:
-            x = x.index_fill(-1, self._index(x.device), 0)
+            x = x.index_fill(-1, self._index(x), 0)
         if self.smoothing is not None:
+            x = x.float() if x.dtype == torch.float16 else x
             x = x * self.smoothing.detach().reciprocal().to(x.dtype)
-        return hadamard(x.float(), self.rotation) if self.rotation else x
+        return hadamard(_wide(x), self.rotation) if self.rotation else x
 
     def conditioned(self) -> Tensor:
-        """The weight (N, K) that meets ``apply(x)``, in the weight's dtype, float32 where it is rotated."""
+        """The weight (N, K) that meets ``apply(x)``, in the dtype of that."""
         if isinstance(self.weight, QTensor):
             return self.weight.dequantize()
         w = self.weight
         if self.outliers:
-            w = w.index_fill(-1, self._index(w.device), 0)
+            w = w.index_fill(-1, self._index(w), 0)
         if self.smoothing is not None:
+            w = w.float() if w.dtype == torch.float16 else w
             w = w * self.smoothing.detach().to(w.dtype)
-        return hadamard(w.float(), self.rotation) * (1 / self.rotation) if self.rotation else w
+        return hadamard(_wide(w), self.rotation) * (1 / self.rotation) if self.rotation else w
 
     def aside(self, x: Tensor, rows: slice | None = None) -> Tensor | None:
         """What the channels in ``outliers`` add to the result, in the dtype of x; None where there are none."""
         if not self.outliers:
             return None
-        index = self._index(x.device)
+        index = self._index(x)
         w = self.weight.index_select(-1, index) if isinstance(self.weight, Tensor) else self.outlier_weight
         assert w is not None
         return torch.matmul(x.index_select(-1, index), (w if rows is None else w[rows]).to(x.dtype).mT)
@@ -105,8 +122,8 @@ class Conditioned:
         if isinstance(self.weight, QTensor):
             return self
         w = self.weight.detach()
-        aside = w.index_select(-1, self._index(w.device)) if self.outliers else None
-        q = pack(self.conditioned().detach())
+        aside = w.index_select(-1, self._index(w)) if self.outliers else None
+        q = dataclasses.replace(pack(self.conditioned().detach()), dtype=w.dtype)
         q = q if self.activation_scale is None else dataclasses.replace(q, activation_scale=self.activation_scale.detach())
         return dataclasses.replace(self, weight=q, outlier_weight=aside, activation_scale=None)
 
@@ -114,20 +131,24 @@ class Conditioned:
         """The weight (N, K) as the model has it: of a packed one its values, taken back out of the basis."""
         if not isinstance(self.weight, QTensor):
             return self.weight
-        w = self.weight.dequantize()
-        w = hadamard(w.float(), self.rotation) if self.rotation else w
-        w = w if self.smoothing is None else w / self.smoothing.to(w.dtype)
+        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        w = dataclasses.replace(self.weight, dtype=wide).dequantize()
+        w = hadamard(w, self.rotation) if self.rotation else w
+        w = w if self.smoothing is None else w / self.smoothing
         if self.outlier_weight is not None:
-            w = w.index_copy(-1, self._index(w.device), self.outlier_weight.to(w.dtype))
-        return w
+            w = w.index_copy(-1, self._index(w), self.outlier_weight.to(w.dtype))
+        return w.to(self.dtype)
 
     def unpacked(self) -> "Conditioned":
         """The same with a float weight."""
         static = self.weight.activation_scale if isinstance(self.weight, QTensor) else self.activation_scale
         return dataclasses.replace(self, weight=self.dequantize(), outlier_weight=None, activation_scale=static)
 
-    def _index(self, device: torch.device) -> Tensor:
-        return torch.tensor(self.outliers, device=device)
+    def _index(self, like: Tensor) -> Tensor:
+        """The channels in ``outliers`` on the device of ``like``; kept, for to bring them there makes the host wait."""
+        if _torch.is_compiling() or not _torch.are_plain(like):
+            return torch.tensor(self.outliers, device=like.device)
+        return _kept_index(self.outliers, like.device)
 
     @property
     def shape(self) -> torch.Size:
@@ -160,6 +181,17 @@ class Conditioned:
         parts += ["static activation scale"] * (self.activation_scale is not None)
         inner = self.weight if isinstance(self.weight, QTensor) else f"{'x'.join(map(str, self.shape))} {self.dtype}"
         return f"Conditioned({inner!s}, {', '.join(parts) or 'as it is'})"
+
+
+@functools.lru_cache(maxsize=4096)
+def _kept_index(outliers: tuple[int, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(outliers, device=device)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """x in float32 at least."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _check_smoothing(smoothing: Tensor, k: int) -> None:

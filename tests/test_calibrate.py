@@ -1,6 +1,7 @@
 """Calibration, smoothing, rotation, outliers: against closed forms, and on nets with planted outliers."""
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -198,7 +199,7 @@ def test_bad_input_is_refused(device: str) -> None:
         (TypeError, "results of calibrate", lambda: teint8.merge({"weight": 1})),
         (ValueError, "method is 'max'", lambda: teint8.scales(stats, "max")),
         (ValueError, "percentile is 0", lambda: teint8.scales(stats, "percentile", percentile=0)),
-        (ValueError, "none of", lambda: teint8.with_scales(teint8.pack(qfn, params), {"other": torch.ones(())})),
+        (ValueError, "'other' is not in params", lambda: teint8.with_scales(teint8.pack(qfn, params), {"other": torch.ones(())})),
         (ValueError, "one positive finite number", lambda: teint8.with_scales(teint8.pack(qfn, params), {"weight": torch.zeros(())})),
         (ValueError, "alpha is 2", lambda: teint8.smooth(qfn, params, stats, alpha=2)),
         (ValueError, "'other', which params do not have", lambda: teint8.smooth(qfn, params, other)),
@@ -247,3 +248,123 @@ def test_static_scales_where_a_weight_is_tied(device: str) -> None:
     stats = teint8.calibrate(qfn, params, [ids], progress=False)
     ready = teint8.with_scales(params, teint8.scales(stats, "absmax"))
     assert float((qfn(ready, ids) - model(ids)).norm() / model(ids).norm()) < 0.02
+
+
+def test_nothing_is_folded_into_a_weight_that_is_used_transposed(device: str) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.a = nn.LayerNorm(16), nn.Linear(16, 16, bias=False)
+            self.norm.weight.data[3] = 40
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.a(self.norm(x)) + torch.tanh(x) @ self.a.weight.T
+
+    net, x = Twice().to(device), torch.randn(9, 16, device=device)
+    qfn, params = teint8.quantize(net), dict(net.named_parameters())
+    ready = teint8.smooth(qfn, params, teint8.calibrate(qfn, params, [x], progress=False), x)
+    assert isinstance(ready["a.weight"], teint8.Conditioned) and torch.equal(ready["norm.weight"], net.norm.weight)
+    torch.testing.assert_close(teint8.quantize(net, Policy([]))(ready, x), net(x))
+
+
+class Square(nn.Module):
+    """x @ w, as GPT-2 multiplies, with a weight whose shape does not tell which way round it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(16, 16) * torch.logspace(-2, 1, 16)[:, None])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.w
+
+
+def test_square_weights_of_the_other_layout(device: str) -> None:
+    torch.manual_seed(0)
+    net, x = Square().to(device), torch.randn(64, 16, device=device)
+    x[:, 2] *= 50
+    qfn, params = teint8.quantize(net), {"w": next(net.parameters()).detach()}
+    stats = teint8.calibrate(qfn, params, [x], progress=False)
+    assert int(stats["w"].axis) == -2
+    want = qfn(params, x)
+    for prepare in (teint8.smooth, teint8.keep_outliers):
+        with pytest.warns(UserWarning, match=r"not \(N, K\)"):
+            assert different(qfn(prepare(qfn, params, stats), x), want) == 0
+    moments = teint8.second_moments(qfn, params, [x], progress=False)
+    assert different(qfn(teint8.awq(qfn, params, moments, progress=False), x), want) == 0
+    with pytest.raises(ValueError, match=r"\(N, K\) as nn.Linear has it"):
+        teint8.learned_scales(qfn, params, stats)
+    serve = teint8.quantize(net, STATIC, strict=True)
+    x[:, 2] /= 50
+    static = teint8.scales(teint8.calibrate(qfn, params, [x], progress=False), "absmax")
+    ready = teint8.with_scales(params, static)  # a static scale serves any layout
+    packed = teint8.with_scales(teint8.pack(serve, params, x), static)
+    assert different(serve(ready, x), serve(packed, x)) == 0
+    assert float((serve(ready, x) - net(x)).norm() / net(x).norm()) < 0.05
+    assert different(serve(teint8.pack(serve, ready, x), x), serve(ready, x)) == 0
+
+
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e6, 1e30])
+@pytest.mark.parametrize("how", METHODS)
+def test_scales_of_any_size(how: str, size: float, device: str) -> None:
+    model = nn.Linear(16, 4).to(device)
+    qfn, params = teint8.quantize(model), dict(model.named_parameters())
+    x = torch.randn(4096, 16, device=device, generator=torch.Generator(device).manual_seed(0))
+    top, other = (float(teint8.scales(teint8.calibrate(qfn, params, [t], progress=False), how)["weight"]) for t in (x, x * size))
+    assert math.isclose(other / size, top, rel_tol=0.05)
+
+
+def test_functions_of_a_tuple_of_dicts(device: str) -> None:
+    """Their paths have the place in the tuple; of a module's (parameters, buffers) they have not."""
+    x = torch.randn(20, 16, device=device)
+    params = ({"w": torch.randn(8, 16, device=device)}, {"w": torch.randn(4, 8, device=device)})
+    qfn = teint8.quantize(lambda p, x: nn.functional.linear(nn.functional.linear(x, p[0]["w"]).relu(), p[1]["w"]), STATIC)
+    dynamic = teint8.quantize(qfn.__wrapped__)
+    stats = teint8.calibrate(dynamic, params, [x], progress=False)
+    assert list(stats) == ["0.w", "1.w"]
+    packed = teint8.with_scales(teint8.pack(qfn, params, x), teint8.scales(stats))
+    assert [leaf.activation_scale is not None for group in packed for leaf in group.values()] == [True, True]
+    assert float((qfn(packed, x) - dynamic(params, x)).norm() / dynamic(params, x).norm()) < 0.05
+    ready = teint8.rotate(dynamic, teint8.smooth(dynamic, params, stats), x)
+    assert all(isinstance(leaf, teint8.Conditioned) for group in ready for leaf in group.values())
+    assert different(dynamic(teint8.pack(dynamic, ready, x), x), dynamic(ready, x)) == 0
+    assert isinstance(
+        teint8.gptq(dynamic, params, teint8.second_moments(dynamic, params, [x], progress=False), x)[1]["w"], teint8.QTensor
+    )
+    assert set(teint8.sensitivity(dynamic, params, [x], progress=False)) == {"0.w", "1.w"}
+    net = nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16)).to(device).eval()
+    groups = (dict(net.named_parameters()), dict(net.named_buffers()))
+    of_net = teint8.quantize(net)
+    stats = teint8.calibrate(of_net, groups, [x], progress=False)
+    assert list(stats) == ["0.weight"] and isinstance(teint8.smooth(of_net, groups, stats)[0]["0.weight"], teint8.Conditioned)
+    assert isinstance(teint8.with_scales(groups, teint8.scales(stats))[0]["0.weight"], teint8.Conditioned)
+
+
+def test_batches_are_taken_one_after_the_other(device: str) -> None:
+    model = nn.Linear(8, 4).to(device)
+    qfn, params = teint8.quantize(model), dict(model.named_parameters())
+    alive: weakref.WeakSet = weakref.WeakSet()
+    most = []
+
+    def batches():
+        for _ in range(12):
+            x = torch.randn(5, 8, device=device)
+            alive.add(x)
+            most.append(len(alive))
+            yield x
+
+    for look in (teint8.calibrate, teint8.second_moments):
+        most.clear()
+        assert list(look(qfn, params, batches(), progress=False)) == ["weight"]
+        assert len(most) == 12 and max(most) <= 3
+    with pytest.raises(ValueError, match="no batches"):
+        teint8.calibrate(qfn, params, iter(()), progress=False)
+
+
+def test_a_weight_that_is_used_twice_in_a_batch(device: str) -> None:
+    shared = nn.Linear(8, 8).to(device)
+    net = nn.Sequential(shared, nn.ReLU(), shared)
+    x = torch.randn(5, 8, device=device)
+    qfn, params = teint8.quantize(net), dict(net.named_parameters())
+    found = teint8.calibrate(qfn, params, [x, x], progress=False)["0.weight"]
+    assert (int(found.batches), int(found.tokens)) == (2, 20)
+    assert float(found.moving) == pytest.approx(float(found.absmax))

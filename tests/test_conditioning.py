@@ -142,6 +142,16 @@ def test_trees_and_files(tmp_path, device: str) -> None:
     ready = conditioned(dict(model.named_parameters()), "all")
     qfn = teint8.quantize(model)
     packed = teint8.pack(qfn, ready)
+    static = {"0.weight": torch.tensor(0.5), "2.weight": torch.tensor(0.25)}
+    for tree in (teint8.with_scales(ready, static), teint8.with_scales(dict(model.named_parameters()), static)):
+        (file,) = teint8.save_packed(tmp_path / "static.safetensors", tree)
+        loaded = teint8.load_packed(file).params
+        assert {n: float(loaded[n].activation_scale) for n in static} == {"0.weight": 0.5, "2.weight": 0.25}
+        policy = Policy([Rule(activation=Quant(scale="static"))])
+        assert (
+            different(teint8.quantize(model, policy)(loaded if device == "cpu" else tree, x), teint8.quantize(model, policy)(tree, x))
+            == 0
+        )
     for tree in (ready, packed):
         leaves = [f(tree["0.weight"]) for f in (optree.tree_leaves, torch.utils._pytree.tree_leaves)]
         assert len(leaves[0]) > 1 and all(torch.equal(a, b) for a, b in zip(*leaves, strict=True))
@@ -178,7 +188,36 @@ def test_bad_conditioning_is_refused() -> None:
         (ValueError, "no powers of two", {"smoothing": torch.full((12,), 3.0)}),
         (ValueError, "channels from 0 to 11", {"outliers": (12,)}),
         (ValueError, "outlier_weight has shape None", {"weight": QTensor.quantize(w), "outliers": (1,)}),
-        (ValueError, "axis -1", {"weight": QTensor.quantize(w, axis=-2)}),
+        (ValueError, "axis -1", {"weight": QTensor.quantize(w, axis=-2), "rotation": 4}),
+        (ValueError, "each once", {"outliers": (3, 3)}),
+        (ValueError, "in order", {"outliers": (3, 1)}),
     ):
         with pytest.raises(error, match=match):
             dataclasses.replace(Conditioned(w), **fields)
+
+
+def test_halves_and_doubles(device: str) -> None:
+    """A half is smoothed in float32, for its subnormals would round; a double is rotated as one."""
+    w = torch.randn(4, 16, device=device, dtype=torch.float16)
+    x = torch.full((1, 16), 0.01, device=device, dtype=torch.float16)
+    smoothed = Conditioned(w, smoothing=torch.full((16,), 2.0**10, device=device))
+    assert torch.equal(smoothed.apply(x) * 2.0**10, x.float())
+    qfn = teint8.quantize(lambda p, x: nn.functional.linear(x, p["w"]))
+    y = qfn({"w": smoothed}, x)
+    assert y.dtype == torch.float16 and different(qfn({"w": smoothed.packed(QTensor.quantize)}, x), y) == 0
+    torch.testing.assert_close(y, x @ w.mT, rtol=0.02, atol=1e-3)
+    wide = Conditioned(w.double(), rotation=16)
+    want = x.double() @ w.double().mT
+    torch.testing.assert_close(wide.apply(x.double()) @ wide.conditioned().mT, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_packed_weight_keeps_its_dtype(dtype: torch.dtype, device: str) -> None:
+    """T5 asks for it: what a packed weight answers must be what the float one does."""
+    w, x = torch.randn(8, 16, device=device, dtype=dtype), torch.randn(3, 16, device=device)
+    qfn = teint8.quantize(lambda p, x: nn.functional.linear(x.to(p["w"].dtype), p["w"]))
+    ready = {"w": Conditioned(w, rotation=16)}
+    packed = teint8.pack(qfn, ready, x)
+    assert packed["w"].dtype == dtype == teint8.unpack(packed)["w"].dtype
+    assert qfn(packed, x).dtype == dtype and different(qfn(packed, x), qfn(ready, x)) == 0
+    torch.testing.assert_close(packed["w"].dequantize(), w, rtol=0.05, atol=0.05)

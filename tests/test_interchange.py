@@ -37,7 +37,28 @@ def test_round_trip(static: bool, tmp_path: pathlib.Path) -> None:
     assert loaded.policy == (Policy([Rule(activation=Quant(scale="static"))]) if static else Policy.qat())
     served = teint8.quantize(model, loaded.policy, strict=True)
     assert different(served(loaded.params, x), served(packed, x)) == 0
-    assert list(loaded.params) == list(params) or set(loaded.params) == set(params)
+    assert set(loaded.params) == set(params)
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_in_float_stays_so_and_dtypes_come_back(dtype: torch.dtype, static: bool, tmp_path: pathlib.Path) -> None:
+    model, _, params, x = setting(dtype)
+    qfn = teint8.quantize(model, Policy([Rule("2.weight", weight=None), Rule()]))
+    packed = teint8.pack(qfn, params)
+    how = Quant(scale="static") if static else Quant()
+    if static:
+        packed = teint8.with_scales(packed, teint8.scales(teint8.calibrate(qfn, params, [x], progress=False)))
+    teint8.save_compressed_tensors(tmp_path, packed)
+    loaded = teint8.load_compressed_tensors(tmp_path)
+    assert loaded.params["0.weight"].dtype == dtype and torch.equal(loaded.params["2.weight"], params["2.weight"])
+    assert loaded.policy == Policy([Rule("0.weight", activation=how)])
+    served, same = (teint8.quantize(model, p, strict=True) for p in (loaded.policy, Policy([Rule("0.*", activation=how)])))
+    assert different(served(loaded.params, x), same(packed, x)) == 0
+    config = json.loads((tmp_path / "config.json").read_text())
+    config.pop("dtype")  # others may not say it
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert teint8.load_compressed_tensors(tmp_path).params["0.weight"].dtype == dtype
 
 
 @needs["compressed_tensors"]

@@ -79,6 +79,42 @@ def test_learning_lowers_the_error_and_serves_its_bits(tmp_path, device: str) ->
                      packed["0.weight"].codes) == 0  # fmt: skip
 
 
+def test_what_is_not_finite_and_autocast(device: str) -> None:
+    net, x, qfn, params, stats = setting(device)
+    scales = teint8.learned_scales(qfn, params, stats)
+    learn, packed = teint8.lsq(qfn), teint8.pack_learned(params, scales)
+    serve = teint8.quantize(net, static_policy(Policy.qat()), strict=True)
+    bad = x.clone()
+    bad[3, 5], bad[7, 0] = float("nan"), float("inf")
+    y = learn((params, scales), bad)
+    assert different(y, serve(packed, bad)) == 0 and bool(y[[3, 7]].isnan().all()) and not bool(y[:3].isnan().any())
+    with torch.autocast(device, torch.bfloat16):
+        y = learn((params, scales), x)
+        assert y.dtype == torch.bfloat16 and different(y, serve(packed, x)) == 0
+    lost = {**scales, "0.weight": Learned(-scales["0.weight"].weight, scales["0.weight"].activation)}
+    assert bool(learn((params, lost), x).isnan().any())  # a scale that learning made negative is seen at once
+
+
+def test_delayed_scaling_outlives_infinity_and_empty_batches(device: str) -> None:
+    net, x, qfn, params, _ = setting(device)
+    step = teint8.delayed(qfn, steps=4)
+    bad = x.clone()
+    bad[3, 5] = float("inf")
+    for history in ({}, step(params, {}, x)[1]):
+        y, after = step(params, history, bad)
+        assert bool(y[3].isnan().all()) and not bool(y[4:].isnan().any())
+        good, _ = step(params, after, x)
+        assert bool(good.isfinite().all()) and float((good - net(x)).norm() / net(x).norm()) < 0.03
+    empty, after = step(params, after, x[:0])
+    assert empty.shape == (0, 8) and after["0.weight"][0] == 0
+    turned = teint8.rotate(qfn, params)
+    _, history = step(turned, {}, x)
+    top = float(turned["0.weight"].apply(x).abs().max())
+    assert float(history["0.weight"][0]) == pytest.approx(top)  # of the activation as it is quantized
+    clipped, _ = step(turned, history, 10 * x)
+    assert float((clipped - net(10 * x)).norm() / net(10 * x).norm()) > 0.5
+
+
 def test_delayed_scaling(device: str) -> None:
     net, x, qfn, params, _ = setting(device)
     step = teint8.delayed(qfn, steps=4)

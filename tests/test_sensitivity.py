@@ -75,6 +75,41 @@ def test_the_searched_policy_beats_others_of_the_same_bytes(device: str) -> None
     assert eval(repr(policy), {"Policy": Policy, "Rule": Rule, "Quant": Quant}) == policy  # a person can edit it
 
 
+def test_weights_of_the_other_layout_and_rules_of_other_ops(device: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(64, 16, device=device)
+    w = torch.randn(16, 24, device=device)
+    w[3] *= 50
+    straight, turned = (lambda p, x: nn.functional.linear(x, p["w"])), (lambda p, x: x @ p["w"])
+    rules = [Rule(ops=("conv",), weight=None), Rule(weight=Quant("tensor"), activation=None)]
+    for method in METHODS:
+        a, b = (
+            teint8.sensitivity(teint8.quantize(f, Policy(rules)), {"w": v}, [x], method, progress=False)["w"]
+            for f, v in ((straight, w.mT.contiguous()), (turned, w))
+        )
+        plain = teint8.sensitivity(teint8.quantize(straight, Policy(rules[1:])), {"w": w.mT.contiguous()}, [x], method, progress=False)[
+            "w"
+        ]
+        assert 0 < a == pytest.approx(plain, rel=1e-4), method
+        assert b == pytest.approx(a, rel=0.6 if method == "hessian" else 1e-3), method  # its random signs lie otherwise
+
+
+def test_conditioned_params_and_real_bytes(device: str) -> None:
+    net, x = planted(2, device)
+    params = dict(net.named_parameters())
+    for qfn in (teint8.quantize(net), teint8.quantize(net, Policy([Rule(weight=Quant("block", block=32))]))):
+        ready = teint8.rotate(qfn, params)
+        for tree in (params, ready):
+            scores = teint8.sensitivity(qfn, tree, [x], progress=False)
+            packed = teint8.pack(qfn, tree)
+            least = sum(packed[path].nbytes for path in scores)
+            assert len(teint8.search(qfn, tree, scores, nbytes=least).rules) == 1
+            with pytest.raises(ValueError, match=f"in INT8 these weights take {least}"):
+                teint8.search(qfn, tree, scores, nbytes=least - 1)
+            one = teint8.search(qfn, tree, scores, share=0.2)
+            assert [rule.path for rule in one.rules[:-1]] == list(scores)[:1]
+
+
 def test_bad_input_is_refused(device: str) -> None:
     net, x = planted(0, device)
     qfn, params = teint8.quantize(net), dict(net.named_parameters())

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any, NamedTuple
 
 import torch
@@ -10,15 +10,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from teint8.conditioning import Conditioned
-from teint8.policy import Policy
+from teint8.policy import Policy, Rule
 from teint8.qtensor import QTensor, check_scale
 from teint8.transforms.pack import is_packed
 from teint8.transforms.quantize import BoundRoute, quantized, run
-from teint8.transforms.trees import map_leaves, weights_of
+from teint8.transforms.trees import is_grouped, map_leaves, weights_of
 
-_LOWEST, _OCTAVES = 127 - 24, 40  # exponents of float32 from 2^-24 to 2^16
-BINS = _OCTAVES * 128
-"""Bins of the histogram: 128 an octave of |x|, by the bits of float32, so that histograms of all machines have the same bins."""
+BINS = 255 * 128
+"""Bins of the histogram: 128 an octave of |x|, by the bits of float32, of all finite numbers: those of all machines are the same."""
 
 METHODS = ("absmax", "average", "percentile", "mse", "entropy")
 
@@ -30,6 +29,7 @@ class Statistics(NamedTuple):
         counts: int64 (BINS,), how many values had this magnitude.
         channels: float32 (K,), absmax of each channel. sums: float32 (K,), sum of |x| of each. tokens: int64 (), rows seen.
         moving: float32 (), the moving average of the batches' absmax (0.9 of the old). batches: int64 ().
+        axis: int64 (), the dimension of the weight that meets the channels: -1 as in nn.Linear, -2 in ``x @ w``; 0 where both occur.
 
     """
 
@@ -39,6 +39,7 @@ class Statistics(NamedTuple):
     tokens: Tensor
     moving: Tensor
     batches: Tensor
+    axis: Tensor
 
     @property
     def absmax(self) -> Tensor:
@@ -53,8 +54,9 @@ Calibration = dict[str, Statistics]
 def calibrate(qfn: Any, params: Any, batches: Iterable[Any], *, state: Calibration | None = None, progress: bool = True) -> Calibration:
     """Run example inputs in float and gather statistics of each activation that meets a weight which the policy quantizes.
 
-    Nothing grows with the number of batches. What comes back goes in again as ``state``, or is added to another machine's with
-    ``merge``; ``scales`` makes static scales of it, ``smooth`` and ``awq`` use its channels.
+    Batches are taken one after the other, and what is kept of them (256 KB and two rows a weight) does not grow. What comes back goes
+    in again as ``state``, or is added to another machine's with ``merge``; ``scales`` makes static scales of it, and ``smooth`` and
+    ``keep_outliers`` use its channels.
 
     Args:
         qfn: a result of ``quantize``; of a module, whatever mode it is in (put it into eval mode first).
@@ -81,15 +83,9 @@ def calibrate(qfn: Any, params: Any, batches: Iterable[Any], *, state: Calibrati
         True
 
     """
-    examples = examples_of(qfn, batches, "calibrate")
-    refuse_packed(params, "calibrate")
+    quantized(qfn)
     route = _Looking(qfn.policy, dict(state or {}))
-    with torch.no_grad():
-        for args, kwargs in tqdm(examples, "calibrate", disable=not progress):
-            route.start()
-            run(qfn, route, params, args, kwargs)
-    if not route.stats:
-        raise ValueError(f"calibrate: no linear or matmul by a weight is quantized by {qfn.policy!r}; there is nothing to look at")
+    look_at(route, qfn, params, batches, "calibrate", progress)
     return route.stats
 
 
@@ -123,8 +119,10 @@ def merge(*calibrations: Calibration) -> Calibration:
 def _added(a: Statistics, b: Statistics) -> Statistics:
     b = Statistics(*(t.to(a.counts.device) for t in b))
     batches = a.batches + b.batches
-    moving = (a.moving * a.batches + b.moving * b.batches) / batches
-    return Statistics(a.counts + b.counts, torch.maximum(a.channels, b.channels), a.sums + b.sums, a.tokens + b.tokens, moving, batches)
+    moving = (a.moving * a.batches + b.moving * b.batches) / batches.clamp(min=1)
+    axis = torch.where(a.axis == b.axis, a.axis, 0)
+    channels = torch.maximum(a.channels, b.channels)
+    return Statistics(a.counts + b.counts, channels, a.sums + b.sums, a.tokens + b.tokens, moving, batches, axis)
 
 
 def scales(calibration: Calibration, method: str = "mse", *, percentile: float = 99.99) -> dict[str, Tensor]:
@@ -161,17 +159,22 @@ def with_scales(params: Any, static: Mapping[str, Tensor]) -> Any:
     """Parameters with static scales of the activations, for a rule with ``activation=Quant(scale="static")``.
 
     Args:
-        params: packed parameters, whose QTensors take the scales, or float ones, whose weights (N, K) become ``Conditioned``: what
-            trains, and what ``pack`` leaves in float.
+        params: packed parameters, whose QTensors take the scales, or float ones, whose weights become ``Conditioned``: what trains, and
+            what ``pack`` leaves in float.
         static: scales by path, as ``scales`` returns them.
 
     Raises:
-        ValueError: a scale that is not one positive number, or no path that fits.
+        ValueError: a scale that is not one positive number, or one of a path that params do not have.
+
+    Example:
+        >>> with_scales({"w": torch.ones(2, 3)}, {"w": torch.tensor(0.5)})
+        {'w': Conditioned(2x3 torch.float32, static activation scale)}
 
     """
-    paths = set(weights_of(params))
-    if not paths & set(static):
-        raise ValueError(f"with_scales: none of {sorted(static)[:3]} is in params, which have {sorted(paths)[:3]}")
+    grouped = is_grouped(params, static)
+    foreign = sorted(set(static) - set(weights_of(params, grouped)))
+    if foreign:
+        raise ValueError(f"with_scales: {foreign[0]!r} is not in params; are the scales of another model?")
 
     def give(path: str, leaf: Any) -> Any:
         scale = static.get(path)
@@ -181,22 +184,20 @@ def with_scales(params: Any, static: Mapping[str, Tensor]) -> Any:
         if isinstance(inner, QTensor):
             inner = inner.with_activation_scale(scale)
             return dataclasses.replace(leaf, weight=inner) if isinstance(leaf, Conditioned) else inner
-        value = check_scale(scale, inner.device)
-        if inner.ndim != 2:
-            raise ValueError(
-                f"with_scales: {path} has shape {tuple(inner.shape)}; pack it first: float weights take scales if they are (N, K)"
-            )
         outer = leaf if isinstance(leaf, Conditioned) else Conditioned(leaf)
-        return dataclasses.replace(outer, activation_scale=value)
+        return dataclasses.replace(outer, activation_scale=check_scale(scale, inner.device))
 
-    return map_leaves(give, params)
+    return map_leaves(give, params, grouped)
 
 
-def examples_of(qfn: Any, batches: Any, name: str) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """Positional and keyword arguments of each batch.
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def examples_of(qfn: Any, batches: Any, name: str) -> Iterator[Arguments]:
+    """Positional and keyword arguments of each batch, one after the other.
 
     Raises:
-        TypeError: not a quantized function, or a tensor as batches. ValueError: no batches.
+        TypeError: not a quantized function, or a tensor or a dict as batches. When it is read to its end, ValueError: no batches.
 
     """
     quantized(qfn)
@@ -204,15 +205,38 @@ def examples_of(qfn: Any, batches: Any, name: str) -> list[tuple[tuple[Any, ...]
         raise TypeError(f"{name}: batches is a tensor {tuple(batches.shape)}; a list of batches is needed, [x] for one")
     if isinstance(batches, Mapping):
         raise TypeError(f"{name}: batches is a dict; a list of batches is needed, [batch] for one")
-    examples: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    return _arguments(batches, name)
+
+
+def _arguments(batches: Iterable[Any], name: str) -> Iterator[Arguments]:
+    none = True
     for batch in batches:
+        none = False
         if isinstance(batch, Mapping):
-            examples.append(((), dict(batch)))
+            yield (), dict(batch)
         else:
-            examples.append((tuple(batch) if isinstance(batch, (tuple, list)) else (batch,), {}))
-    if not examples:
+            yield tuple(batch) if isinstance(batch, (tuple, list)) else (batch,), {}
+    if none:
         raise ValueError(f"{name}: there are no batches; give some example inputs, [x] for one")
-    return examples
+
+
+def look_at(route: "Looks", qfn: Any, params: Any, batches: Iterable[Any], name: str, progress: bool) -> None:
+    """Show the calls of each batch to a route, without gradients.
+
+    Raises:
+        TypeError, ValueError: as ``examples_of`` and ``refuse_packed``; ValueError: nothing was to be seen.
+
+    """
+    examples = examples_of(qfn, batches, name)
+    refuse_packed(params, name)
+    total = len(batches) if isinstance(batches, Sized) else None
+    with torch.no_grad():
+        for args, kwargs in tqdm(examples, name, total, disable=not progress):
+            route.start()
+            run(qfn, route, params, args, kwargs)
+    route.start()
+    if not route.seen:
+        raise ValueError(f"{name}: no linear or matmul by a weight is quantized by {qfn.policy!r}; there is nothing to look at")
 
 
 def refuse_packed(params: Any, name: str) -> None:
@@ -230,28 +254,44 @@ def refuse_packed(params: Any, name: str) -> None:
     map_leaves(look, params)
 
 
+class Seen(NamedTuple):
+    """A weight that a program multiplies by: its path, the dimension of its own layout that is contracted, the rule for the call."""
+
+    path: str
+    axis: int
+    rule: Rule
+
+
 class Looks(BoundRoute):
-    """Runs a program in float and shows each call of a weight (N, K) that the policy would quantize to ``look``."""
+    """Runs a program in float and shows each call of a weight of two dimensions that the policy would quantize to ``look``.
+
+    Attributes:
+        seen: what was seen of each weight first, by path.
+
+    """
 
     def __init__(self, rules: Policy) -> None:
         super().__init__(Policy(), False, None)
         self.rules = rules
+        self.seen: dict[str, Seen] = {}
 
     def start(self) -> None:
-        """Begin a batch."""
+        """Begin a batch; called once more behind the last."""
         self.known.clear()
 
-    def look(self, path: str, x: Tensor, weight: Tensor) -> None:
-        """x (..., K) by weight (N, K)."""
-        raise NotImplementedError
+    def look(self, seen: Seen, x: Tensor) -> None:
+        """x (..., K) by a weight."""
 
     def multiply(
         self, op: str, x: Any, weight: Any, axis: int, bias: Any, float_call: Callable[[], Any], rows: Any = None, ends: Any = None
     ) -> Any:
         rule = self.rules.match(weight.path, op)
+        # of a conditioned weight the call in its own basis comes by here, too
         plain = weight.conditioning is None and ends is None and weight.value.ndim == 2
         if weight.path and plain and rule is not None and rule.weight is not None:
-            self.look(weight.path, x.detach(), weight.value if axis == -1 else weight.value.mT)
+            seen = Seen(weight.path, -3 - axis if weight.transposed else axis, rule)
+            self.seen.setdefault(weight.path, seen)
+            self.look(seen, x.detach())
         return super().multiply(op, x, weight, axis, bias, float_call, rows, ends)
 
 
@@ -259,33 +299,40 @@ class _Looking(Looks):
     def __init__(self, rules: Policy, stats: Calibration) -> None:
         super().__init__(rules)
         self.stats = stats
-        self._tops: dict[str, Tensor] = {}
+        self._batch: Calibration = {}  # what this batch showed, of all calls of a weight together
 
-    def look(self, path: str, x: Tensor, weight: Tensor) -> None:
+    def start(self) -> None:
+        super().start()
+        for path, new in self._batch.items():
+            old = self.stats.get(path)
+            if old is None:
+                self.stats[path] = new
+                continue
+            if old.channels.shape != new.channels.shape:
+                found = f"{new.channels.numel()} channels, and {old.channels.numel()} in state"
+                raise ValueError(f"calibrate: {path} meets {found}; are the statistics of another model?")
+            self.stats[path] = _added(old, new)._replace(moving=old.moving.to(new.moving.device) * 0.9 + new.moving * 0.1)
+        self._batch = {}
+
+    def look(self, seen: Seen, x: Tensor) -> None:
         a = x.reshape(-1, x.shape[-1]).abs().float()
         if not bool(a.isfinite().all()):
-            raise ValueError(f"calibrate: what meets {path} is not finite; look for NaN and infinity in the inputs and the weights")
+            raise ValueError(f"calibrate: what meets {seen.path} is not finite; look for NaN and infinity in inputs and weights")
         if not len(a):
             return
-        bins = ((a.contiguous().view(torch.int32) >> 16) - _LOWEST * 128).clamp_(0, BINS - 1)
-        counts = torch.bincount(bins.flatten(), minlength=BINS)
+        counts = torch.bincount((a.contiguous().view(torch.int32) >> 16).flatten(), minlength=BINS)
         channels, one = a.amax(0), torch.ones((), dtype=torch.int64, device=a.device)
-        new = Statistics(counts, channels, a.sum(0), one * len(a), channels.max(), one)
-        old = self.stats.get(path)
-        if old is None:
-            self.stats[path] = new
-            return
-        if old.channels.shape != channels.shape:
-            raise ValueError(
-                f"calibrate: {path} meets {channels.numel()} channels, and {old.channels.numel()} in state; of another model?"
-            )
-        self.stats[path] = _added(old, new)._replace(moving=old.moving.to(a.device) * 0.9 + new.moving * 0.1)
+        new = Statistics(counts, channels, a.sum(0), one * len(a), channels.max(), one, one * seen.axis)
+        old = self._batch.get(seen.path)
+        if old is not None:
+            new = _added(old, new)._replace(moving=torch.maximum(old.moving, new.moving), batches=one)
+        self._batch[seen.path] = new
 
 
 def _edges(device: torch.device) -> Tensor:
     """(BINS + 1,) magnitudes where bins begin."""
-    bits = (torch.arange(BINS + 1, dtype=torch.int32, device=device) + _LOWEST * 128) << 16
-    return bits.view(torch.float32).double()
+    bits = torch.arange(BINS + 1, dtype=torch.int32, device=device) << 16
+    return bits.view(torch.float32).clamp(max=torch.finfo(torch.float32).max).double()
 
 
 def _top(stats: Statistics, method: str, percentile: float) -> Tensor:

@@ -71,7 +71,9 @@ class _Delayed(BoundRoute):
         static = rule is not None and rule.weight is not None and rule.activation is not None and rule.activation.granularity != "block"
         if not static or ends is not None or weight.conditioning is not None or weight.value.ndim != 2 or not x.is_floating_point():
             return super().multiply(op, x, weight, axis, bias, float_call, rows, ends)
-        now = x.detach().abs().amax().float()
+        a = x.detach().abs().float()
+        a = torch.where(a.isfinite(), a, 0.0)  # what is not finite spoils its own row in this step, and no scale
+        now = a.amax() if a.numel() else torch.zeros((), device=x.device)
         old = self.history.get(weight.path)
         old = torch.zeros(self.steps, dtype=torch.float32, device=x.device) if old is None else old
         seen = self.new.get(weight.path)

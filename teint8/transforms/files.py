@@ -197,15 +197,7 @@ def _rebuilt(node: Any, leaves: Any, tensors: dict[str, Tensor], file: pathlib.P
         except (TypeError, ValueError, KeyError) as error:
             raise _bad(file, f"{value} is no packed weight: {error}") from None
     if kind == "conditioned":
-        about, (smoothing, aside) = (
-            leaves[value[0]],
-            (tensors.pop(f"{value[0]}.{name}", None) for name in ("smoothing", "outlier_weight")),
-        )
-        weight = _rebuilt(value[1], leaves, tensors, file)
-        try:
-            return Conditioned(weight, smoothing, about["rotation"], tuple(about["outliers"]), aside)
-        except (TypeError, ValueError) as error:
-            raise _bad(file, f"{value[0]} is no conditioned weight: {error}") from None
+        return _conditioned(value[0], _rebuilt(value[1], leaves, tensors, file), leaves, tensors, file)
     if kind == "dict":
         return {key: _rebuilt(inner, leaves, tensors, file) for key, inner in value}
     made = [_rebuilt(inner, leaves, tensors, file) for inner in value]
@@ -216,11 +208,11 @@ _CONDITIONS = ("smoothing", "outlier_weight", "activation_scale")
 
 
 def _conditioned(path: str, weight: Any, leaves: Any, tensors: dict[str, Tensor], file: pathlib.Path) -> Conditioned:
-    about = leaves[path]
     parts: dict[str, Any] = {name: tensors.pop(f"{path}.{name}", None) for name in _CONDITIONS}
     try:
+        about = leaves[path]
         return Conditioned(weight, rotation=about["rotation"], outliers=tuple(about["outliers"]), **parts)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, KeyError) as error:
         raise _bad(file, f"{path} is no conditioned weight: {error}") from None
 
 

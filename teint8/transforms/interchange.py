@@ -13,6 +13,7 @@ from teint8.qtensor import QTensor
 from teint8.transforms.files import PackedFile
 
 _INT8 = {"num_bits": 8, "type": "int", "symmetric": True}
+_OF_WEIGHTS = (".weight_scale", ".weight_zero_point", ".input_scale", ".input_zero_point")
 _FILE, _CONFIG = "model.safetensors", "config.json"
 
 
@@ -70,6 +71,8 @@ def save_compressed_tensors(folder: str | os.PathLike[str], params: dict[str, An
     kept = _json(folder / _CONFIG) if config is None and (folder / _CONFIG).exists() else dict(config or {})
     activations = {**_INT8, "strategy": "tensor", "dynamic": False} if static else {**_INT8, "strategy": "token", "dynamic": True}
     group = {"targets": list(layers), "weights": {**_INT8, "strategy": "channel", "dynamic": False}, "input_activations": activations}
+    if "dtype" not in kept and "torch_dtype" not in kept:
+        kept["dtype"] = str(next(leaf.dtype for leaf in params.values() if isinstance(leaf, QTensor))).removeprefix("torch.")
     kept["quantization_config"] = {
         "quant_method": "compressed-tensors",
         "format": "int-quantized",
@@ -89,11 +92,19 @@ def load_compressed_tensors(folder: str | os.PathLike[str], *, device: str | tor
         device: where the tensors go.
 
     Returns:
-        A PackedFile: parameters by name, which ``quantize``'s functions take, and the policy that the configuration asks for.
+        A PackedFile: parameters by name, which ``quantize``'s functions take, and a policy: INT8 for what is INT8 in the file.
 
     Raises:
         FileNotFoundError: no configuration or no tensors. ValueError: another format, or one that INT8 by channel cannot hold; the
             message says what. ImportError: safetensors is not installed.
+
+    Example:
+        >>> import tempfile
+        >>> packed = {"0.weight": QTensor.quantize(torch.ones(2, 4)), "0.bias": torch.zeros(2)}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_compressed_tensors(folder, packed)
+        ...     sorted(load_compressed_tensors(folder).params)
+        ['0.bias', '0.weight']
 
     """
     folder = pathlib.Path(folder)
@@ -105,16 +116,23 @@ def load_compressed_tensors(folder: str | os.PathLike[str], *, device: str | tor
     activation = _activation(whole.get("quantization_config") or whole.get("compression_config"), folder)
     tensors = _tensors(files, str(device), folder)
     dtype = getattr(torch, str(whole.get("torch_dtype", whole.get("dtype", ""))).removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype):  # not said: that of what is in float
+        others = [t.dtype for name, t in tensors.items() if t.is_floating_point() and not name.endswith(_OF_WEIGHTS)]
+        dtype = others[0] if others else None
     params: dict[str, Any] = {}
     for name, t in tensors.items():
         layer = name.removesuffix(".weight")
         if t.dtype == torch.int8 and name.endswith(".weight"):
             params[name] = _weight(layer, t, tensors, dtype, folder)
-        elif not name.endswith((".weight_scale", ".weight_zero_point", ".input_scale", ".input_zero_point")):
+        elif not name.endswith(_OF_WEIGHTS):
             params[name] = t
     if not any(isinstance(leaf, QTensor) for leaf in params.values()):
         raise _bad(folder, "it holds no int8 weight")
-    return PackedFile(params, Policy([Rule(activation=activation)]))
+    packed = [name for name, leaf in params.items() if isinstance(leaf, QTensor)]
+    in_float = [name for name, leaf in params.items() if not isinstance(leaf, QTensor) and leaf.ndim >= 2]
+    # where some stay in float each packed weight has a rule of its own
+    paths = packed if in_float else ["*"]
+    return PackedFile(params, Policy([Rule(path, activation=activation) for path in paths]))
 
 
 def from_torchao(state: dict[str, Any]) -> dict[str, Any]:
@@ -125,6 +143,12 @@ def from_torchao(state: dict[str, Any]) -> dict[str, Any]:
 
     Raises:
         ValueError: no tensor of that kind, or one that is not symmetric by channel.
+
+    Example:
+        >>> class Int8Tensor:
+        ...     qdata, scale, dtype = torch.tensor([[1, -2]], dtype=torch.int8), torch.tensor([[0.5]]), torch.float32
+        >>> from_torchao({"0.weight": Int8Tensor(), "0.bias": torch.ones(1)})["0.weight"].dequantize()
+        tensor([[ 0.5000, -1.0000]])
 
     """
     params: dict[str, Any] = {}

@@ -13,8 +13,9 @@ from teint8.ops.straight import moved
 from teint8.policy import Policy, Quant
 from teint8.qtensor import QTensor
 from teint8.transforms.calibrate import Calibration, refuse_packed, scales
-from teint8.transforms.quantize import BoundRoute, quantized, run
-from teint8.transforms.trees import map_leaves, weights_of
+from teint8.transforms.quantize import BoundRoute, of_module, quantized, run
+from teint8.transforms.reasons import autocast_dtype
+from teint8.transforms.trees import is_grouped, map_leaves, weights_of
 
 
 class Learned(NamedTuple):
@@ -36,18 +37,27 @@ def learned_scales(qfn: Any, params: Any, calibration: Calibration, method: str 
         calibration: a result of ``calibrate`` with these. method: of ``scales``.
 
     Raises:
-        ValueError: packed or conditioned parameters, or statistics of another model.
+        ValueError: packed or conditioned parameters, weights that are not (N, K) as nn.Linear has them, or statistics of another model.
+
+    Example:
+        >>> from torch import nn
+        >>> from teint8 import calibrate, quantize
+        >>> model, x = nn.Linear(8, 4), torch.ones(2, 8)
+        >>> qfn, params = quantize(model), dict(model.named_parameters())
+        >>> start = learned_scales(qfn, params, calibrate(qfn, params, [x], progress=False), "absmax")
+        >>> start["weight"].weight.shape, round(float(start["weight"].activation) * 127, 4)
+        (torch.Size([4, 1]), 1.0)
 
     """
     refuse_packed(params, "learned_scales")
-    leaves, static = weights_of(params), scales(calibration, method)
+    leaves, static = weights_of(params, of_module(qfn)), scales(calibration, method)
     foreign = sorted(set(static) - set(leaves))
     if foreign:
         raise ValueError(f"learned_scales: calibration is of {foreign[0]!r}, which params do not have; is it of another model?")
     found: LearnedScales = {}
     for path, scale in static.items():
         w = leaves[path]
-        if isinstance(w, Conditioned) or w.ndim != 2 or w.shape[-1] != calibration[path].channels.numel():
+        if isinstance(w, Conditioned) or int(calibration[path].axis) != -1 or w.shape[-1:] != calibration[path].channels.shape:
             raise ValueError(f"learned_scales: {path} is {w if isinstance(w, Conditioned) else tuple(w.shape)}; a float weight (N, K) "
                              "as nn.Linear has it is needed; leave others out by a rule with weight=None")  # fmt: skip
         top = w.detach().float().abs().amax(1, keepdim=True)
@@ -100,6 +110,10 @@ def pack_learned(params: Any, learned: LearnedScales) -> Any:
     Raises:
         ValueError: a scale that is not positive.
 
+    Example:
+        >>> pack_learned({"w": torch.ones(2, 3)}, {"w": Learned(torch.full((2, 1), 0.5), torch.tensor(0.1))})["w"].codes[0].tolist()
+        [2, 2, 2]
+
     """
 
     def give(path: str, leaf: Any) -> Any:
@@ -108,10 +122,10 @@ def pack_learned(params: Any, learned: LearnedScales) -> Any:
         scale = learned[path]
         if not bool((scale.weight > 0).all()):
             raise ValueError(f"pack_learned: {path} has a scale that is not positive; learn with a smaller rate")
-        codes = _codes(leaf.detach().float(), scale.weight.detach()).to(torch.int8)
-        return QTensor(codes, scale.weight.detach().clone(), None, leaf.dtype).with_activation_scale(scale.activation.detach())
+        codes, made = ops.quantize(leaf.detach(), scale=scale.weight.detach().squeeze(-1))
+        return QTensor(codes, made.unsqueeze(-1), None, leaf.dtype).with_activation_scale(scale.activation.detach())
 
-    return map_leaves(give, params)
+    return map_leaves(give, params, is_grouped(params, learned))
 
 
 def static_policy(policy: Policy) -> Policy:
@@ -131,18 +145,14 @@ def static_policy(policy: Policy) -> Policy:
     return Policy(rules)
 
 
-def _codes(x: Tensor, scale: Tensor) -> Tensor:
-    """Codes as floats, as ``numerics.quantize_static`` makes them."""
-    return (x * (torch.ones_like(scale) / scale)).clamp(-127, 127).round()
-
-
-def _on_grid(x: Tensor, scale: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Codes, and values on their grid that move with x and with the scale."""
-    share = (127 * count) ** -0.5
+def _on_grid(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes and scales of x (M, K), NaN where a row is not finite; and values on their grid that move with x and with the scale."""
+    rows = scale.detach().reshape(-1).expand(x.shape[:1]).contiguous()
+    codes, made = ops.quantize(x.detach(), scale=rows)
+    share = (127 * x.shape[1]) ** -0.5
     scale = scale * share + (scale - scale * share).detach()
-    ratio = (x / scale).clamp(-127, 127)
-    codes = _codes(x.detach(), scale.detach())
-    return codes, (ratio + (codes - ratio).detach()) * scale
+    ratio = (x.float() / scale).clamp(-127, 127)
+    return codes, made, (ratio + (codes.float() - ratio).detach()) * scale
 
 
 class _Learning(BoundRoute):
@@ -152,18 +162,16 @@ class _Learning(BoundRoute):
 
     def multiply(self, op: str, x: Any, weight: Any, axis: int, bias: Any, float_call: Any, rows: Any = None, ends: Any = None) -> Any:
         scale = self.learned.get(weight.path)
-        if scale is None or isinstance(weight.value, QTensor) or weight.conditioning is not None or ends is not None:
+        if scale is None or isinstance(weight.value, QTensor) or weight.conditioning is not None or ends is not None or axis != -1:
             return super().multiply(op, x, weight, axis, bias, float_call, rows, ends)
-        w = weight.value if axis == -1 else weight.value.mT
+        w = weight.value
         of_weight = scale.weight if rows is None else scale.weight[rows]
         w = w if rows is None else w[rows]
-        flat = x.reshape(-1, x.shape[-1])
-        x_codes, x_hat = _on_grid(flat.float(), scale.activation, x.shape[-1])
-        w_codes, w_hat = _on_grid(w.float(), of_weight, w.shape[-1])
-        moving = x_hat.to(x.dtype) @ w_hat.to(x.dtype).mT
+        x = self.plain(x)
+        dtype = autocast_dtype(x) or x.dtype
+        xq, xs, x_hat = _on_grid(x.reshape(-1, x.shape[-1]), scale.activation)
+        wq, ws, w_hat = _on_grid(w, of_weight)
+        moving = x_hat.to(dtype) @ w_hat.to(dtype).mT
         moving = moving if bias is None else moving + bias
-        of_rows = scale.activation.detach().expand(flat.shape[:1]).contiguous()
-        both = [codes.detach().to(torch.int8) for codes in (x_codes, w_codes)]
-        shift = None if bias is None else bias.detach()
-        value = ops.int8_mm(both[0], of_rows, both[1], of_weight.detach().squeeze(-1), shift, x.dtype)
-        return moved(value, moving).reshape(*x.shape[:-1], w.shape[0])
+        value = ops.int8_mm(xq, xs, wq, ws, None if bias is None else bias.detach(), dtype)
+        return moved(value, moving.to(dtype)).reshape(*x.shape[:-1], w.shape[0])

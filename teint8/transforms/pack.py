@@ -3,6 +3,7 @@
 import functools
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -155,7 +156,10 @@ class _Survey(BoundRoute):
     surveys = True
 
     def __init__(self, policy: Policy) -> None:
-        super().__init__(policy, strict=False, receipt=None)
+        # scales of activations are no matter of weights, and need not be there yet
+        dynamic = [rule if rule.activation is None else replace(rule, activation=replace(rule.activation, scale="dynamic")) for rule in
+                   policy.rules]  # fmt: skip
+        super().__init__(Policy(dynamic), strict=False, receipt=None)
         self.packed_leaves = True  # look through the arguments of every call
         self.uses: dict[str, set[Use]] = {}
 

@@ -199,6 +199,11 @@ def quantized(qfn: Any) -> Any:
     return target
 
 
+def of_module(qfn: Any) -> bool:
+    """Whether ``qfn`` was made from a module, whose params may be a tuple (parameters, buffers)."""
+    return isinstance(quantized(qfn), nn.Module)
+
+
 def call_module(module: nn.Module, route: BoundRoute, params: Any, args: Any, kwargs: Any) -> Any:
     """Call a module under a route, its parameters replaced by those of ``params``."""
     groups = params if isinstance(params, tuple) else (params,)

@@ -1,8 +1,9 @@
 """``gptq``, ``adaround`` and ``awq``: weights rounded with a view to the activations that they will meet."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,17 +12,30 @@ from tqdm import tqdm
 from teint8.conditioning import Conditioned, power_of_two
 from teint8.policy import Policy
 from teint8.qtensor import QTensor
-from teint8.transforms.calibrate import Looks, examples_of, refuse_packed
+from teint8.transforms.calibrate import Looks, Seen, look_at, refuse_packed
 from teint8.transforms.pack import pack, pack_weight
-from teint8.transforms.quantize import run
+from teint8.transforms.quantize import of_module, quantized
 from teint8.transforms.trees import map_leaves, weights_of
 
-Moments = dict[str, Tensor]
-"""By a weight's path the mean of x^T x, float32 (K, K), of the activation that meets it: half the Hessian of the squared error."""
+
+class Moment(NamedTuple):
+    """Of the activation that meets a weight: the mean of x^T x, float32 (K, K), half the Hessian of the squared error.
+
+    Attributes:
+        mean: it. axis: int64 (), the dimension of the weight that meets it: -1 as in nn.Linear, -2 in ``x @ w``; 0 where both occur.
+
+    """
+
+    mean: Tensor
+    axis: Tensor
+
+
+Moments = dict[str, Moment]
+"""By a weight's path."""
 
 
 def second_moments(qfn: Any, params: Any, batches: Iterable[Any], *, progress: bool = True) -> Moments:
-    """The mean of x^T x, float32 (K, K), of the activation of each weight that the policy quantizes, which ``gptq`` and others take.
+    """The mean of x^T x of the activation of each weight that the policy quantizes, which ``gptq``, ``adaround`` and ``awq`` take.
 
     Args:
         qfn: a result of ``quantize``. params: its float parameters, conditioned ones too.
@@ -31,34 +45,37 @@ def second_moments(qfn: Any, params: Any, batches: Iterable[Any], *, progress: b
     Raises:
         TypeError, ValueError: as ``calibrate``.
 
+    Example:
+        >>> from torch import nn
+        >>> from teint8 import quantize
+        >>> model = nn.Linear(2, 4)
+        >>> second_moments(quantize(model), dict(model.named_parameters()), [torch.eye(2)], progress=False)["weight"].mean
+        tensor([[0.5000, 0.0000],
+                [0.0000, 0.5000]])
+
     """
-    examples = examples_of(qfn, batches, "second_moments")
-    refuse_packed(params, "second_moments")
+    quantized(qfn)
     route = _Gathering(qfn.policy)
-    with torch.no_grad():
-        for args, kwargs in tqdm(examples, "second_moments", disable=not progress):
-            route.start()
-            run(qfn, route, params, args, kwargs)
-    if not route.sums:
-        raise ValueError(f"second_moments: no linear or matmul by a weight is quantized by {qfn.policy!r}; there is nothing to look at")
-    return {path: total / max(route.rows[path], 1) for path, total in route.sums.items()}
+    look_at(route, qfn, params, batches, "second_moments", progress)
+    axes = {path: torch.tensor(axis, device=route.sums[path].device) for path, axis in route.axes.items()}
+    return {path: Moment(total / max(route.rows[path], 1), axes[path]) for path, total in route.sums.items()}
 
 
 class _Gathering(Looks):
     def __init__(self, rules: Policy) -> None:
         super().__init__(rules)
-        self.sums: Moments = {}
+        self.sums: dict[str, Tensor] = {}
         self.rows: dict[str, int] = {}
+        self.axes: dict[str, int] = {}
 
-    def look(self, path: str, x: Tensor, weight: Tensor) -> None:
-        a = x.reshape(-1, x.shape[-1]).float()
+    def look(self, seen: Seen, x: Tensor) -> None:
+        a, path = x.reshape(-1, x.shape[-1]).float(), seen.path
         if not bool(a.isfinite().all()):
-            raise ValueError(
-                f"second_moments: what meets {path} is not finite; look for NaN and infinity in the inputs and the weights"
-            )
+            raise ValueError(f"second_moments: what meets {path} is not finite; look for NaN and infinity in inputs and weights")
         known = self.sums.get(path)
         self.sums[path] = a.mT @ a if known is None else known + a.mT @ a
         self.rows[path] = self.rows.get(path, 0) + len(a)
+        self.axes[path] = seen.axis if self.axes.get(path, seen.axis) == seen.axis else 0
 
 
 def gptq(qfn: Any, params: Any, moments: Moments, *args: Any, damping: float = 0.01, progress: bool = True, **kwargs: Any) -> Any:
@@ -107,6 +124,17 @@ def adaround(qfn: Any, params: Any, moments: Moments, *args: Any, sweeps: int = 
     Raises:
         ValueError: moments of another model.
 
+    Example:
+        >>> from torch import nn
+        >>> from teint8 import quantize
+        >>> _ = torch.manual_seed(0)
+        >>> model, x = nn.Linear(64, 32), torch.randn(256, 64) @ torch.randn(64, 64)
+        >>> qfn, params = quantize(model), dict(model.named_parameters())
+        >>> better = adaround(qfn, params, second_moments(qfn, params, [x], progress=False), progress=False)["weight"]
+        >>> error = lambda q: float((x @ (q.dequantize() - model.weight.detach()).t()).norm())
+        >>> error(better) < 0.8 * error(QTensor.quantize(model.weight))
+        True
+
     """
     return _rounded(qfn, params, moments, args, kwargs, "adaround", progress, lambda w, q, h: _descend(w, q, h, sweeps))
 
@@ -124,34 +152,48 @@ def awq(qfn: Any, params: Any, moments: Moments, *, progress: bool = True) -> An
         progress: show a progress bar.
 
     Returns:
-        The tree with ``Conditioned`` leaves where an alpha above 0 was best.
+        The tree with ``Conditioned`` leaves where an alpha above 0 was best; weights that are not (N, K) as nn.Linear has them stay.
 
     Raises:
         ValueError: packed parameters, or moments of another model.
 
+    Example:
+        >>> from torch import nn
+        >>> from teint8 import quantize
+        >>> _ = torch.manual_seed(0)
+        >>> model, x = nn.Linear(64, 32), torch.randn(256, 64)
+        >>> x[:, 7] *= 100
+        >>> model.weight.data[:, 7] *= 0.05
+        >>> qfn, params = quantize(model), dict(model.named_parameters())
+        >>> awq(qfn, params, second_moments(qfn, params, [x], progress=False), progress=False)["weight"]
+        Conditioned(32x64 torch.float32, smoothed)
+
     """
     refuse_packed(params, "awq")
-    leaves = _leaves(params, moments, "awq")
+    leaves = _leaves(qfn, params, moments, "awq")
     new: dict[str, Any] = {}
     for path, moment in tqdm(moments.items(), "awq", disable=not progress):
-        w, rule = leaves[path], qfn.policy.match(path, "linear") or qfn.policy.match(path, "matmul")
-        if isinstance(w, Conditioned) or rule is None or rule.weight is None or w.shape[-1] != len(moment):
+        w = leaves[path]
+        rule = next(
+            (r for r in (qfn.policy.match(path, op) for op in ("linear", "matmul")) if r is not None and r.weight is not None), None
+        )
+        if isinstance(w, Conditioned) or rule is None or rule.weight is None or int(moment.axis) != -1:
             continue
-        rms = moment.diagonal().clamp(min=0).sqrt()
+        rms = moment.mean.diagonal().clamp(min=0).sqrt()
         middle = rms[rms > 0].log().mean().exp() if bool((rms > 0).any()) else torch.ones(())
-        best = (float(_error(w, pack_weight(w, -1, rule.weight.grouping).dequantize(), moment)), None)
+        best = (float(_error(w, pack_weight(w, -1, rule.weight.grouping).dequantize(), moment.mean)), None)
         for tenth in range(1, 11):
             factor = power_of_two(torch.where(rms > 0, (rms / middle) ** (tenth / 10), 1.0).to(w.device))
             found = Conditioned(w.detach(), smoothing=factor).packed(lambda v, how=rule.weight.grouping: pack_weight(v, -1, how))
-            error = float(_error(w, found.dequantize(), moment))
+            error = float(_error(w, found.dequantize(), moment.mean))
             best = (error, factor) if error < best[0] else best
         if best[1] is not None:
             new[path] = Conditioned(w, smoothing=best[1])
-    return map_leaves(lambda path, leaf: new.get(path, leaf), params)
+    return map_leaves(lambda path, leaf: new.get(path, leaf), params, of_module(qfn))
 
 
-def _leaves(params: Any, moments: Moments, name: str) -> dict[str, Any]:
-    leaves = weights_of(params)
+def _leaves(qfn: Any, params: Any, moments: Moments, name: str) -> dict[str, Any]:
+    leaves = weights_of(params, of_module(qfn))
     foreign = sorted(set(moments) - set(leaves))
     if foreign:
         raise ValueError(f"{name}: moments are of {foreign[0]!r}, which params do not have; are they of another model?")
@@ -164,8 +206,8 @@ def _rounded(
 ) -> Any:  # fmt: skip
     """What ``pack`` returns, with codes (N, K) that ``make`` gives for a weight, its packed form and its moment."""
     refuse_packed(params, name)
-    floats, packed, new = _leaves(params, moments, name), pack(qfn, params, *args, **kwargs), {}
-    leaves = weights_of(packed)
+    floats, packed, new = _leaves(qfn, params, moments, name), pack(qfn, params, *args, **kwargs), {}
+    leaves = weights_of(packed, of_module(qfn))
     for path, moment in tqdm(moments.items(), name, disable=not progress):
         leaf, w = leaves[path], floats[path]
         q = leaf.weight if isinstance(leaf, Conditioned) else leaf
@@ -173,12 +215,12 @@ def _rounded(
             continue
         rows = (w.conditioned() if isinstance(w, Conditioned) else w).detach().float()
         rows = rows if q.axis == -1 else rows.mT
-        if rows.shape[-1] != len(moment):
-            raise ValueError(f"{name}: {path} has {rows.shape[-1]} features and its moment {len(moment)}; is it of another model?")
-        codes = make(rows, q, moment.to(rows.device))
+        if rows.shape[-1] != len(moment.mean):
+            raise ValueError(f"{name}: {path} has {rows.shape[-1]} features and its moment {len(moment.mean)}; is it of another model?")
+        codes = make(rows, q, moment.mean.to(rows.device))
         q = dataclasses.replace(q, codes=(codes if q.axis == -1 else codes.mT).to(torch.int8))
         new[path] = dataclasses.replace(leaf, weight=q) if isinstance(leaf, Conditioned) else q
-    return map_leaves(lambda path, leaf: new.get(path, leaf), packed)
+    return map_leaves(lambda path, leaf: new.get(path, leaf), packed, of_module(qfn))
 
 
 def _steps(q: QTensor) -> Tensor:
@@ -217,19 +259,22 @@ def _descend(w: Tensor, q: QTensor, moment: Tensor, sweeps: int) -> Tensor:
     low, high = exact.floor().clamp(-127, 127), exact.ceil().clamp(-127, 127)
     codes = (q.codes if q.axis == -1 else q.codes.mT).float()
     slope = (codes * steps - w) @ moment
-    curvature = moment.diagonal().clamp(min=0)
+    curvature = moment.diagonal()
+    per_step = torch.where(curvature > 0, curvature, math.inf) * safe  # of a channel that is never seen nothing moves
     for _ in range(sweeps):
-        changed = False
-        for k in range(w.shape[1]):
-            if not bool(curvature[k] > 0):
-                continue
-            new = (codes[:, k] - slope[:, k] / (curvature[k] * safe[:, k])).round()
-            new = torch.minimum(torch.maximum(new, low[:, k]), high[:, k])
-            move = (new - codes[:, k]) * steps[:, k]
-            if bool(move.any()):
-                slope += move[:, None] * moment[k]
-                codes[:, k], changed = new, True
-        if not changed:
+        before = codes.clone()
+        for start in range(0, w.shape[1], 128):  # what a block moves is told to the others at once
+            stop = min(start + 128, w.shape[1])
+            moves = torch.zeros_like(w[:, start:stop])
+            own = slope[:, start:stop].clone()
+            for k in range(start, stop):
+                new = (codes[:, k] - own[:, k - start] / per_step[:, k]).round()
+                new = torch.minimum(torch.maximum(new, low[:, k]), high[:, k])
+                move = (new - codes[:, k]) * steps[:, k]
+                own += move[:, None] * moment[k, start:stop]
+                moves[:, k - start], codes[:, k] = move, new
+            slope += moves @ moment[start:stop]
+        if torch.equal(codes, before):
             break
     return codes
 

@@ -186,7 +186,7 @@ class Route(Recording, TorchFunctionMode):
 
         """
         if weight.conditioning is not None:
-            return self._conditioned(op, x, weight, axis, bias, rows, ends)
+            return self._conditioned(op, x, weight, axis, bias, float_call, rows, ends)
         x = self.plain(x)
         path = self.path(weight)
         rule = self.rule(path, op)
@@ -242,16 +242,19 @@ class Route(Recording, TorchFunctionMode):
             self.measure(fields, y, lambda: exact_product(x, whole, axis, bias, channels), seen, *scale)
         return y
 
-    def _conditioned(self, op: str, x: Any, weight: Operand, axis: int, bias: Any, rows: Any, ends: Any) -> Any:
+    def _conditioned(self, op: str, x: Any, weight: Operand, axis: int, bias: Any, float_call: Any, rows: Any, ends: Any) -> Any:
         """x by a weight whose activation is conditioned: the same call in the other basis."""
         conditioning = weight.conditioning
         assert conditioning is not None
+        if not conditioning.changes_basis:
+            plain = weight._replace(static=conditioning.activation_scale, conditioning=None)
+            return self.multiply(op, x, plain, axis, bias, float_call, rows, ends)
         if ends is not None or (axis == -1) == weight.transposed:
             raise ValueError(f"{weight.path} is {conditioning!r}, for a weight (N, K) of a linear; this call uses it otherwise")
         x = self.plain(x)
         inside = conditioning.apply(x)
         value: Any = conditioning.weight if isinstance(conditioning.weight, QTensor) else conditioning.conditioned()
-        if conditioning.rotation and isinstance(value, QTensor):  # which leaves float32
+        if isinstance(value, QTensor) and inside.dtype != x.dtype == value.dtype:  # a wider one is left by what was done to x
             value = dataclasses.replace(value, dtype=inside.dtype)
         whole = weight._replace(value=value, transposed=False, static=conditioning.activation_scale, conditioning=None)
 
@@ -266,7 +269,9 @@ class Route(Recording, TorchFunctionMode):
     def convolve(self, call: Convolution, weight: Operand, float_call: Callable[[], Any]) -> Any:
         """A convolution: INT8, or ``float_call``."""
         if weight.conditioning is not None:
-            raise ValueError(f"{weight.path} is {weight.conditioning!r}, which is for linears; this call is a convolution")
+            if weight.conditioning.changes_basis:
+                raise ValueError(f"{weight.path} is {weight.conditioning!r}, which is for linears; this call is a convolution")
+            weight = weight._replace(conditioning=None)
         x = self.plain(call.x)
         path = self.path(weight)
         rule = self.rule(path, "conv")

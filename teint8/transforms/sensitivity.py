@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any
 
 import torch
@@ -11,10 +11,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from teint8.conditioning import Conditioned
-from teint8.policy import Policy, Rule
-from teint8.transforms.calibrate import Looks, examples_of, refuse_packed
-from teint8.transforms.pack import pack_weight
-from teint8.transforms.quantize import BoundRoute, quantize, quantized, run
+from teint8.policy import Policy, Rule, glob
+from teint8.transforms.calibrate import Looks, Seen, examples_of, refuse_packed
+from teint8.transforms.pack import pack, pack_weight
+from teint8.transforms.quantize import BoundRoute, of_module, quantize, quantized, run
 from teint8.transforms.trees import map_leaves, weights_of
 
 METHODS = ("hessian", "taylor", "loss", "sqnr")
@@ -64,26 +64,27 @@ def sensitivity(
         raise ValueError(f"sensitivity: method is {method!r}; it must be one of {', '.join(map(repr, METHODS))}")
     examples = examples_of(qfn, batches, "sensitivity")
     refuse_packed(params, "sensitivity")
-    paths = _paths(qfn, params, examples[0])
-    if not paths:
-        raise ValueError(f"sensitivity: no linear or matmul by a weight is quantized by {qfn.policy!r}")
-    in_float = quantize(quantized(qfn), Policy())
+    work = _Work(qfn, quantize(quantized(qfn), Policy()), params, loss)
     score = {"sqnr": _noise, "loss": _added_loss, "taylor": _taylor, "hessian": _traces}[method]
-    found = dict.fromkeys(paths, 0.0)
-    with tqdm(total=len(examples) * len(paths), desc=f"sensitivity: {method}", disable=not progress) as bar:
-        for args, kwargs in examples:
-            for path, value in score(qfn, in_float, params, args, kwargs, loss, paths):
-                found[path] += value / len(examples)
-                bar.update()
+    found: dict[str, float] = {}
+    total = len(batches) if isinstance(batches, Sized) else None
+    for count, (args, kwargs) in enumerate(tqdm(examples, f"sensitivity: {method}", total, disable=not progress)):
+        if not work.seen:
+            work.see(args, kwargs)
+        for path, value in tqdm(score(work, args, kwargs), "layers", len(work.seen), leave=False, disable=not progress):
+            found[path] = (found.get(path, 0.0) * count + value) / (count + 1)
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
-def search(qfn: Any, params: Any, scores: dict[str, float], *, nbytes: int | None = None, share: float | None = None) -> Policy:
+def search(
+    qfn: Any, params: Any, scores: dict[str, float], *args: Any, nbytes: int | None = None, share: float | None = None, **kwargs: Any
+) -> Policy:
     """A policy for a budget of bytes: the layers that gain most for a byte stay in float, before the rules of ``qfn``.
 
     Args:
         qfn: a result of ``quantize``. params: its float parameters.
         scores: a result of ``sensitivity``.
+        args, kwargs: example inputs, as ``pack`` takes them.
         nbytes: of all these weights together at most; or
         share: of the bytes between all in INT8 (0) and all in float (1).
 
@@ -103,14 +104,15 @@ def search(qfn: Any, params: Any, scores: dict[str, float], *, nbytes: int | Non
         ])
 
     """
-    leaves = weights_of(params)
+    leaves = weights_of(params, of_module(qfn))
     foreign = sorted(set(scores) - set(leaves))
     if foreign:
         raise ValueError(f"search: scores are of {foreign[0]!r}, which params do not have; are they of another model?")
     if (nbytes is None) == (share is None) or not 0 <= (share or 0) <= 1:
         raise ValueError(f"search: nbytes is {nbytes!r} and share {share!r}; one of them is needed, a share from 0 to 1")
-    packed = {path: leaves[path].numel() + 4 * leaves[path].shape[0] for path in scores}
-    more = {path: leaves[path].numel() * leaves[path].element_size() - packed[path] for path in scores}
+    in_int8 = weights_of(pack(qfn, params, *args, **kwargs), of_module(qfn))
+    packed = {path: in_int8[path].nbytes for path in scores}
+    more = {path: leaves[path].nbytes - packed[path] for path in scores}
     least = sum(packed.values())
     left = int((share or 0) * sum(more.values())) if nbytes is None else nbytes - least
     if left < 0:
@@ -124,29 +126,58 @@ def search(qfn: Any, params: Any, scores: dict[str, float], *, nbytes: int | Non
     return Policy([*(Rule(path, weight=None) for path in in_order), *qfn.policy.rules])
 
 
-class _Seeing(Looks):
-    def __init__(self, rules: Policy) -> None:
-        super().__init__(rules)
-        self.seen: list[str] = []
+class _Work:
+    """What every method starts from: the function, also in float, its parameters, the loss; and what is quantized of it.
 
-    def look(self, path: str, x: Tensor, weight: Tensor) -> None:
-        self.seen += [] if path in self.seen else [path]
+    Attributes:
+        seen: by path each weight's rule and contracted dimension.
 
+    """
 
-def _paths(qfn: Any, params: Any, example: Any) -> list[str]:
-    route = _Seeing(qfn.policy)
-    with torch.no_grad():
-        run(qfn, route, params, *example)
-    return route.seen
+    def __init__(self, qfn: Any, in_float: Any, params: Any, loss: Any) -> None:
+        self.qfn, self.in_float, self.params, self.loss = qfn, in_float, params, loss
+        self.seen: dict[str, Seen] = {}
 
+    def see(self, args: Any, kwargs: Any) -> None:
+        """Run in float to find what is quantized."""
+        route = Looks(self.qfn.policy)
+        with torch.no_grad():
+            run(self.qfn, route, self.params, args, kwargs)
+        if not route.seen:
+            raise ValueError(f"sensitivity: no linear or matmul by a weight is quantized by {self.qfn.policy!r}")
+        self.seen = route.seen
 
-def _only(policy: Policy, path: str) -> Policy:
-    """The rules of a policy for one path alone."""
-    return Policy([dataclasses.replace(rule, path=path) for rule in policy.rules if rule.weight is not None and _may(rule, path)])
+    def loss_of(self, args: Any, kwargs: Any) -> Callable[[Any], Tensor]:
+        """The loss of an output."""
+        return _loss_of(self.in_float, self.params, args, kwargs, self.loss)
 
+    def errors(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Weights, and what rounding does to them; conditioned ones in the model's own basis."""
+        leaves, found = weights_of(self.params, of_module(self.qfn)), {}
+        for path, seen in self.seen.items():
+            how = "row" if seen.rule.weight is None else seen.rule.weight.grouping
+            leaf = leaves[path]
+            outer = leaf if isinstance(leaf, Conditioned) else Conditioned(leaf)
+            w = outer.weight.detach()  # type: ignore[union-attr]
+            packed = outer.packed(lambda v, seen=seen, how=how: pack_weight(v, seen.axis, how))
+            found[path] = w, packed.dequantize().detach().to(w.dtype) - w
+        return found
 
-def _may(rule: Rule, path: str) -> bool:
-    return any(rule.matches(path, op) for op in rule.ops)
+    def at(self, weights: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
+        """The float output with these weights."""
+
+        def give(path: str, leaf: Any) -> Any:
+            if path not in weights:
+                return leaf
+            return dataclasses.replace(leaf, weight=weights[path], checked=False) if isinstance(leaf, Conditioned) else weights[path]
+
+        return self.in_float(map_leaves(give, self.params, of_module(self.qfn)), *args, **kwargs)
+
+    def only(self, path: str) -> Policy:
+        """The rules of the policy for one path alone."""
+        module = path.rpartition(".")[0]
+        rules = [rule for rule in self.qfn.policy.rules if glob(rule.path, path) or glob(rule.path, module)]
+        return Policy([dataclasses.replace(rule, path=path) for rule in rules])
 
 
 def _loss_of(in_float: Any, params: Any, args: Any, kwargs: Any, loss: Any) -> Callable[[Any], Tensor]:
@@ -175,11 +206,11 @@ def _plain(y: Any) -> Any:
     return dict(y) if isinstance(y, dict) else y
 
 
-def _noise(qfn: Any, in_float: Any, params: Any, args: Any, kwargs: Any, loss: Any, paths: list[str]) -> Any:
-    route = _Comparing(qfn.policy)
+def _noise(work: _Work, args: Any, kwargs: Any) -> Iterator[tuple[str, float]]:
+    route = _Comparing(work.qfn.policy)
     with torch.no_grad():
-        run(qfn, route, params, args, kwargs)
-    for path in paths:
+        run(work.qfn, route, work.params, args, kwargs)
+    for path in work.seen:
         noise, signal = route.sums.get(path, (0.0, 1.0))
         yield path, noise / max(signal, 1e-30)
 
@@ -206,64 +237,39 @@ class _Comparing(BoundRoute):
         return exact
 
 
-def _added_loss(qfn: Any, in_float: Any, params: Any, args: Any, kwargs: Any, loss: Any, paths: list[str]) -> Any:
-    of = _loss_of(in_float, params, args, kwargs, loss)
+def _added_loss(work: _Work, args: Any, kwargs: Any) -> Iterator[tuple[str, float]]:
+    of = work.loss_of(args, kwargs)
     with torch.no_grad():
-        base = float(of(in_float(params, *args, **kwargs)))
-        for path in paths:
-            alone = quantize(quantized(qfn), _only(qfn.policy, path))
-            yield path, float(of(alone(params, *args, **kwargs))) - base
+        base = float(of(work.in_float(work.params, *args, **kwargs)))
+        for path in work.seen:
+            alone = quantize(quantized(work.qfn), work.only(path))
+            yield path, float(of(alone(work.params, *args, **kwargs))) - base
 
 
-def _errors(qfn: Any, leaves: dict[str, Any], paths: list[str]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Weights, and what rounding does to them; conditioned ones in the model's own basis."""
-    found = {}
-    for path in paths:
-        leaf = leaves[path]
-        rule = next(rule for rule in qfn.policy.rules if _may(rule, path))
-        how = "row" if rule.weight is None else rule.weight.grouping
-        conditioned = leaf if isinstance(leaf, Conditioned) else Conditioned(leaf)
-        w = conditioned.weight.detach()  # type: ignore[union-attr]
-        found[path] = w, conditioned.packed(lambda v, how=how: pack_weight(v, -1, how)).dequantize().detach().to(w.dtype) - w
-    return found
-
-
-def _at(params: Any, weights: dict[str, Tensor]) -> Any:
-    """The parameters with these weights."""
-
-    def give(path: str, leaf: Any) -> Any:
-        if path not in weights:
-            return leaf
-        return dataclasses.replace(leaf, weight=weights[path], checked=False) if isinstance(leaf, Conditioned) else weights[path]
-
-    return map_leaves(give, params)
-
-
-def _taylor(qfn: Any, in_float: Any, params: Any, args: Any, kwargs: Any, loss: Any, paths: list[str]) -> Any:
-    of = _loss_of(in_float, params, args, kwargs, loss)
-    for path, (w, error) in _errors(qfn, weights_of(params), paths).items():
+def _taylor(work: _Work, args: Any, kwargs: Any) -> Iterator[tuple[str, float]]:
+    of = work.loss_of(args, kwargs)
+    for path, (w, error) in work.errors().items():
 
         def at(v: Tensor, path: str = path) -> Tensor:
-            return of(in_float(_at(params, {path: v}), *args, **kwargs))
+            return of(work.at({path: v}, args, kwargs))
 
         product = torch.func.jvp(torch.func.grad(at), (w,), (error,))[1]
         value = float((error * product).sum()) / 2
         yield path, value if math.isfinite(value) else math.inf
 
 
-def _traces(qfn: Any, in_float: Any, params: Any, args: Any, kwargs: Any, loss: Any, paths: list[str]) -> Any:
-    of = _loss_of(in_float, params, args, kwargs, loss)
-    errors = _errors(qfn, weights_of(params), paths)
+def _traces(work: _Work, args: Any, kwargs: Any) -> Iterator[tuple[str, float]]:
+    of, errors = work.loss_of(args, kwargs), work.errors()
     weights = {path: w for path, (w, _) in errors.items()}
 
     def at(weights: dict[str, Tensor]) -> Tensor:
-        return of(in_float(_at(params, weights), *args, **kwargs))
+        return of(work.at(weights, args, kwargs))
 
-    generator, traces = torch.Generator().manual_seed(0), dict.fromkeys(paths, 0.0)
+    generator, traces = torch.Generator().manual_seed(0), dict.fromkeys(weights, 0.0)
     for _ in range(_PROBES):
         signs = {path: (torch.randint(2, w.shape, generator=generator) * 2 - 1).to(w) for path, w in weights.items()}
         products = torch.func.jvp(torch.func.grad(at), (weights,), (signs,))[1]
-        for path in paths:
+        for path in weights:
             traces[path] += float((signs[path] * products[path]).sum()) / _PROBES
     for path, (w, error) in errors.items():
         yield path, max(traces[path], 0.0) / w.numel() * float(error.square().sum())

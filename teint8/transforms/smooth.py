@@ -14,7 +14,7 @@ from teint8.conditioning import Conditioned, largest_block, power_of_two
 from teint8.policy import Policy
 from teint8.transforms.calibrate import Calibration, refuse_packed
 from teint8.transforms.pack import uses_of
-from teint8.transforms.quantize import BoundRoute, looks, run
+from teint8.transforms.quantize import BoundRoute, looks, of_module, run
 from teint8.transforms.trees import map_leaves, weights_of
 
 
@@ -60,7 +60,7 @@ def smooth(qfn: Any, params: Any, calibration: Calibration, *args: Any, alpha: f
         for path, weight in zip(chain.consumers, weights, strict=True):
             new[path] = weight.detach() * factor.to(weight.dtype)
         for path in chain.producers:
-            maker = new.get(path, weights_of(params)[path]).detach()
+            maker = new.get(path, weights_of(params, of_module(qfn))[path]).detach()
             inverse = factor.reciprocal().to(maker.dtype)
             new[path] = maker * (inverse if maker.ndim == 1 else inverse[:, None])
     folded = {path for chain in chains for path in chain.consumers}
@@ -68,7 +68,7 @@ def smooth(qfn: Any, params: Any, calibration: Calibration, *args: Any, alpha: f
         if path not in folded:
             weight = new.get(path, weight)
             new[path] = Conditioned(weight, smoothing=_factor(calibration[path].channels, [weight], alpha))
-    return map_leaves(lambda path, leaf: new.get(path, leaf), params)
+    return map_leaves(lambda path, leaf: new.get(path, leaf), params, of_module(qfn))
 
 
 def rotate(qfn: Any, params: Any, *args: Any, most: int = 1024, **kwargs: Any) -> Any:
@@ -102,7 +102,7 @@ def rotate(qfn: Any, params: Any, *args: Any, most: int = 1024, **kwargs: Any) -
             new[path] = _with(leaf, rotation=block)
     if not new:
         raise ValueError("rotate: no linear has an even number of features; there is nothing to rotate")
-    return map_leaves(lambda path, leaf: new.get(path, leaf), params)
+    return map_leaves(lambda path, leaf: new.get(path, leaf), params, of_module(qfn))
 
 
 def keep_outliers(qfn: Any, params: Any, calibration: Calibration, *, threshold: float = 6.0, most: int = 64) -> Any:
@@ -117,6 +117,15 @@ def keep_outliers(qfn: Any, params: Any, calibration: Calibration, *, threshold:
     Raises:
         ValueError: packed parameters, statistics of another model, or a threshold below 1.
 
+    Example:
+        >>> from torch import nn
+        >>> from teint8 import calibrate, quantize
+        >>> model, x = nn.Linear(8, 4), torch.ones(2, 8)
+        >>> x[:, 3] = 50
+        >>> qfn, params = quantize(model), dict(model.named_parameters())
+        >>> keep_outliers(qfn, params, calibrate(qfn, params, [x], progress=False))["weight"].outliers
+        (3,)
+
     """
     if threshold < 1:
         raise ValueError(f"keep_outliers: threshold is {threshold!r}; a number of at least 1 is needed")
@@ -128,7 +137,7 @@ def keep_outliers(qfn: Any, params: Any, calibration: Calibration, *, threshold:
         found = sorted(int(c) for c in order[channels[order] > threshold * channels.median()])
         if found:
             new[path] = _with(leaf, outliers=tuple(found))
-    return map_leaves(lambda path, leaf: new.get(path, leaf), params)
+    return map_leaves(lambda path, leaf: new.get(path, leaf), params, of_module(qfn))
 
 
 def _with(leaf: Any, **fields: Any) -> Conditioned:
@@ -144,12 +153,16 @@ def _factor(channels: Tensor, weights: list[Tensor], alpha: float) -> Tensor:
 
 def _conditionable(qfn: Any, params: Any, calibration: Calibration, name: str) -> dict[str, Any]:
     """Leaves (N, K) that statistics are of."""
-    leaves = weights_of(params)
+    leaves = weights_of(params, of_module(qfn))
     foreign = sorted(set(calibration) - set(leaves))
     if foreign:
         raise ValueError(f"{name}: calibration is of {foreign[0]!r}, which params do not have; is it of another model?")
     found = {path: leaves[path] for path in calibration}
-    wrong = [p for p, leaf in found.items() if leaf.ndim != 2 or leaf.shape[-1] != calibration[p].channels.numel()]
+    for path, leaf in found.items():
+        if leaf.ndim != 2 or calibration[path].channels.numel() not in leaf.shape:
+            width = calibration[path].channels.numel()
+            raise ValueError(f"{name}: {path} is {tuple(leaf.shape)}, and calibration saw {width} channels; is it of another model?")
+    wrong = [path for path in found if int(calibration[path].axis) != -1]
     if wrong:
         kept = ", ".join(wrong[:3])
         warnings.warn(f"{name}: {kept}: these weights are not (N, K) as nn.Linear has them, and stay as they are", stacklevel=3)
@@ -158,7 +171,7 @@ def _conditionable(qfn: Any, params: Any, calibration: Calibration, name: str) -
 
 def _by_rows(qfn: Any, params: Any, args: Any, kwargs: Any, name: str) -> dict[str, Any]:
     """Leaves (N, K) that the policy quantizes as weights of linears."""
-    uses, leaves = uses_of(qfn, params, args, kwargs), weights_of(params)
+    uses, leaves = uses_of(qfn, params, args, kwargs), weights_of(params, of_module(qfn))
     found = {path: leaves[path] for path, of in uses.items() if path in leaves and any(use is not None and use[0] == -1 for use in of)}
     return {path: leaf for path, leaf in found.items() if leaf.ndim == 2 and _is_linear(qfn, path)}
 
@@ -251,19 +264,21 @@ class _Follows(BoundRoute):
                 return
 
     def _note(self, y: Any, parameters: list[Any], through: Tensor | None) -> None:
-        known = [self.known.get(t) for t in parameters if isinstance(t, Tensor)]
+        known = [self.known.get(t) if t.ndim == 1 else None for t in parameters if isinstance(t, Tensor)]
         if known and all(k is not None for k in known):
             self._made.append(_Made(y, tuple(k.path for k in known if k is not None), through))
 
     def chains(self, smoothed: set[str]) -> list[_Chain]:
         """Those of whose tensors nothing but linears takes part, and whose leaves nothing else has."""
         found = []
-        by_path = {operand.path: t for t, operand in self.known.items()}
+        used: dict[str, int] = {}  # of a leaf: itself, and what it is called when it is transposed
+        for t, operand in self.known.items():
+            used[operand.path] = used.get(operand.path, 0) + self._uses.get(id(t), 0)
         for made in self._made:
             consumers = self._taken.get(id(made.output), [])
             alone = consumers and self._uses.get(id(made.output)) == len(consumers) == len(set(consumers))
-            once = all(self._uses.get(id(by_path[path])) == 1 for path in (*made.leaves, *consumers))
+            once = all(used[path] == 1 for path in (*made.leaves, *consumers))
             through = made.through is None or self._uses.get(id(made.through)) == 1
-            if alone and once and through and set(consumers) <= smoothed and by_path[made.leaves[0]].shape[0] == made.output.shape[-1]:
+            if alone and once and through and set(consumers) <= smoothed:
                 found.append(_Chain(made.leaves, tuple(consumers)))
         return found
