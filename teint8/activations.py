@@ -62,7 +62,7 @@ def reciprocal(d: Tensor) -> Tensor:
 def sigmoid(x: Tensor) -> Tensor:
     """``1 / (1 + exp(-x))`` of a float32 tensor.
 
-    Example:
+    Examples:
         >>> sigmoid(torch.tensor([0.0, 3.0]))
         tensor([0.5000, 0.9526])
 
@@ -104,9 +104,10 @@ def value(kind: str, g: Tensor, u: Tensor | None = None) -> Tensor:
 
     Args:
         kind: one of KINDS.
-        g: any shape, any float dtype. u: the same, or None.
+        g: any shape, any float dtype.
+        u: the same, or None.
 
-    Example:
+    Examples:
         >>> value("silu", torch.tensor([1.0]), torch.tensor([2.0]))
         tensor([1.4621])
 
@@ -118,7 +119,7 @@ def value(kind: str, g: Tensor, u: Tensor | None = None) -> Tensor:
 def gradient(kind: str, g: Tensor, u: Tensor | None, d: Tensor) -> tuple[Tensor, Tensor | None]:
     """Gradients by g and u of ``value``, given d, that of its result: ``(d * u) * act'(g)`` and ``d * act(g)``, each cast once.
 
-    Example:
+    Examples:
         >>> gradient("silu", torch.tensor([0.0]), torch.tensor([2.0]), torch.tensor([1.0]))
         (tensor([1.]), tensor([0.]))
 

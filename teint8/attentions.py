@@ -59,7 +59,7 @@ def weights(t: Tensor) -> tuple[Tensor, Tensor]:
 
     Codes of a row whose largest score is not finite mean nothing.
 
-    Example:
+    Examples:
         >>> codes, top = weights(torch.tensor([[0.0, -1.0, -20.0]]))
         >>> codes.tolist(), top.tolist()
         ([[127, 0, -127]], [0.0])
@@ -81,7 +81,9 @@ def finish(acc: Tensor, total: Tensor, vs: Tensor, top: Tensor, dtype: torch.dty
     """y from exact sums: acc int (..., M, E) of (code + 127) * v_code, total int (..., M) of code + 127.
 
     Args:
-        vs: float32 (..., E). top: the largest score, (..., M). dtype: of the result.
+        vs: float32 (..., E).
+        top: the largest score, (..., M).
+        dtype: of the result.
 
     """
     inverse = torch.ones_like(top) / total.clamp(min=1).float()
@@ -97,16 +99,21 @@ def value(
     """Attention of codes.
 
     Args:
-        q: int8 (B, H, M, D). qs: float32 (B, H, M).
-        k: int8 (B, G, S, D), H a multiple of G: heads that share keys lie next to each other. ks: float32 (B, G, S).
-        v: int8 (B, G, E, S): its tokens come last. vs: float32 (B, G, E).
+        q: int8 (B, H, M, D).
+        qs: float32 (B, H, M).
+        k: int8 (B, G, S, D), H a multiple of G: heads that share keys lie next to each other.
+        ks: float32 (B, G, S).
+        v: int8 (B, G, E, S): its tokens come last.
+        vs: float32 (B, G, E).
         mask: floats, broadcastable to (B, H, M, S), or None.
-        causal: a row sees the keys up to its own number. scale: of the scores. dtype: of the result.
+        causal: a row sees the keys up to its own number.
+        scale: of the scores.
+        dtype: of the result.
 
     Returns:
         (B, H, M, E).
 
-    Example:
+    Examples:
         >>> codes, one = torch.tensor([[[[127, 0]]]], dtype=torch.int8), torch.tensor([[[1 / 127]]])
         >>> v = torch.tensor([[[[127], [0]]]], dtype=torch.int8)
         >>> value(codes, one, codes, one, v, one.expand(1, 1, 2), None, False, 1.0, torch.float32)

@@ -70,7 +70,7 @@ class te_int8_autocast(Again, KeepsCodes):
     Raises:
         TypeError: an argument of another type.
 
-    Example:
+    Examples:
         >>> model = nn.Linear(64, 10)
         >>> with torch.no_grad(), te_int8_autocast(training=False) as ctx:
         ...     y = model(torch.ones(8, 64))
@@ -175,7 +175,7 @@ class te_int8_autocast(Again, KeepsCodes):
     def cache_info() -> CacheInfo:
         """How many packed weights the cache holds, and their bytes; they go with their weights.
 
-        Example:
+        Examples:
             >>> te_int8_autocast.cache_clear()
             >>> te_int8_autocast.cache_info()
             CacheInfo(weights=0, nbytes=0)

@@ -41,7 +41,8 @@ def backend(gm: fx.GraphModule, inputs: Sequence[Any], *, mode: str | None = Non
     """Compile a graph that Dynamo captured, its matmuls in INT8; called by ``torch.compile(model, backend="teint8")``.
 
     Args:
-        gm: the graph. inputs: its example inputs.
+        gm: the graph.
+        inputs: its example inputs.
         mode: one of torch.compile's ("reduce-overhead", "max-autotune", ...), handed on to Inductor. Under "max-autotune" the tiles of
             the INT8 matmuls are measured, too, where this machine has not done so before (``teint8.ops.tuning.tune``).
         options: ``policy`` (``Policy.qat()`` unless given), ``training`` (True: weights are quantized in the graph, from floats; False:
@@ -61,10 +62,11 @@ def backend(gm: fx.GraphModule, inputs: Sequence[Any], *, mode: str | None = Non
     another becomes part of that function, and runs as that backend has it.
 
     Raises:
-        TypeError: an option of another type. ValueError: strict, and a call cannot run in INT8, or no parameter of the module has
+        TypeError: an option of another type.
+        ValueError: strict, and a call cannot run in INT8, or no parameter of the module has
             the path of a rule.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Linear(64, 10)
         >>> receipt = Receipt()
         >>> compiled = torch.compile(model, backend="teint8", options={"policy": Policy.training(), "receipt": receipt})

@@ -38,9 +38,10 @@ class Conditioned:
             own. With nothing else the weight may have any layout.
 
     Raises:
-        TypeError: smoothing of another dtype. ValueError: shapes that do not fit, no powers of two.
+        TypeError: smoothing of another dtype.
+        ValueError: shapes that do not fit, no powers of two.
 
-    Example:
+    Examples:
         >>> w = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
         >>> conditioned = Conditioned(w, smoothing=torch.tensor([1.0, 1.0, 8.0, 1.0]), rotation=4)
         >>> x = torch.tensor([[1.0, 1.0, 80.0, 1.0]])
@@ -206,7 +207,7 @@ def _check_smoothing(smoothing: Tensor, k: int) -> None:
 def largest_block(k: int, most: int = 1024) -> int:
     """The largest power of two up to ``most`` that divides k.
 
-    Example:
+    Examples:
         >>> largest_block(384), largest_block(4096), largest_block(7)
         (128, 1024, 1)
 
@@ -217,7 +218,7 @@ def largest_block(k: int, most: int = 1024) -> int:
 def power_of_two(x: Tensor) -> Tensor:
     """The nearest power of two, in ratio, from 2^-14 to 2^14: such as a half holds.
 
-    Example:
+    Examples:
         >>> power_of_two(torch.tensor([3.0, 0.3, 0.0]))
         tensor([4.0000e+00, 2.5000e-01, 6.1035e-05])
 

@@ -41,10 +41,11 @@ def value(kind: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps:
 
     Args:
         kind: one of KINDS.
-        x: any float dtype. weight, bias: (K,), any float dtype, or None.
+        x: any float dtype.
+        weight, bias: (K,), any float dtype, or None.
         eps: added to the variance.
 
-    Example:
+    Examples:
         >>> value("rms", torch.tensor([[3.0, 4.0]]), None, None, 0.0)
         tensor([[0.8485, 1.1314]])
 

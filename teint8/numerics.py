@@ -21,6 +21,27 @@ import math
 import torch
 from torch import Tensor
 
+__all__ = [
+    "BLOCKS",
+    "MAX_INT32_K",
+    "QMAX",
+    "TINY",
+    "absmax",
+    "block_of",
+    "by_block",
+    "clipped",
+    "codes_of",
+    "dequantize",
+    "int8_block_mm",
+    "int8_mm",
+    "mix32",
+    "multiplier_of",
+    "noise",
+    "quantize",
+    "quantize_static",
+    "scale_of",
+]
+
 QMAX = 127
 """Largest code. -128 is never used: codes are symmetric, so that negation is exact."""
 
@@ -32,20 +53,56 @@ MAX_INT32_K = 131072
 
 
 def absmax(x: Tensor) -> Tensor:
-    """Absmax of the last dimension in float32: ``(..., K) -> (...)``; 0 where K is 0, NaN where a value is NaN."""
+    """Absmax of the last dimension in float32: ``(..., K) -> (...)``; 0 where K is 0, NaN where a value is NaN.
+
+    Args:
+        x: (..., K), any float dtype.
+
+    Returns:
+        float32 (...).
+
+    Examples:
+        >>> absmax(torch.tensor([[1.0, -2.0], [0.5, 0.25]]))
+        tensor([2.0000, 0.5000])
+
+    """
     if x.shape[-1] == 0:
         return torch.zeros(x.shape[:-1], dtype=torch.float32, device=x.device)
     return x.float().abs().amax(-1)
 
 
 def scale_of(absmax: Tensor) -> Tensor:
-    """``absmax / 127``; 0 where absmax is below 2^-100, NaN where it is not finite."""
+    """``absmax / 127``; 0 where absmax is below 2^-100, NaN where it is not finite.
+
+    Args:
+        absmax: float32, any shape.
+
+    Returns:
+        float32 scales of that shape.
+
+    Examples:
+        >>> scale_of(torch.tensor([127.0, 0.0, float("inf")]))
+        tensor([1., 0., nan])
+
+    """
     scale = torch.where(absmax < TINY, 0.0, absmax / torch.full_like(absmax, QMAX))
     return torch.where(absmax.isfinite(), scale, math.nan)
 
 
 def multiplier_of(absmax: Tensor) -> Tensor:
-    """``127 / absmax``, what values are multiplied by; 0 where the codes are 0 by definition."""
+    """``127 / absmax``, what values are multiplied by; 0 where the codes are 0 by definition.
+
+    Args:
+        absmax: float32, any shape.
+
+    Returns:
+        float32 of that shape.
+
+    Examples:
+        >>> multiplier_of(torch.tensor([254.0, 0.0, float("nan")]))
+        tensor([0.5000, 0.0000, 0.0000])
+
+    """
     valid = absmax.isfinite() & (absmax >= TINY)
     return torch.where(valid, torch.full_like(absmax, QMAX) / torch.where(valid, absmax, 1.0), 0.0)
 
@@ -57,6 +114,13 @@ def codes_of(x: Tensor, multiplier: Tensor, noise: Tensor | None = None) -> Tens
         x: values (..., K), any float dtype.
         multiplier: float32 (...), one for each group; 0 marks a group whose codes are 0 by definition.
         noise: float32 (..., K) in [1, 2), or None.
+
+    Returns:
+        int8 codes (..., K), in [-127, 127].
+
+    Examples:
+        >>> codes_of(torch.tensor([[0.5, 1.5, 300.0]]), torch.tensor([1.0]))
+        tensor([[  0,   2, 127]], dtype=torch.int8)
 
     """
     if noise is None:
@@ -78,7 +142,7 @@ def quantize(x: Tensor, seed: Tensor | None = None) -> tuple[Tensor, Tensor]:
     Returns:
         int8 codes (M, K) and float32 scales (M,).
 
-    Example:
+    Examples:
         >>> codes, scale = quantize(torch.tensor([[1.0, -2.0, 0.5]]))
         >>> codes.tolist(), round(scale.item(), 6)
         ([[64, -127, 32]], 0.015748)
@@ -89,10 +153,19 @@ def quantize(x: Tensor, seed: Tensor | None = None) -> tuple[Tensor, Tensor]:
 
 
 def quantize_static(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes of the rows of ``x`` (M, K) at given scales (M,): ``clamp(rint(x * (1 / scale)))``.
+    """Codes of the rows of ``x`` at given scales: ``clamp(rint(x * (1 / scale)))``.
+
+    Args:
+        x: (M, K), any float dtype.
+        scale: float32 (M,).
 
     Returns:
         int8 codes (M, K) and float32 scales (M,): the given ones, NaN where the row holds a NaN or an infinity.
+
+    Examples:
+        >>> codes, _ = quantize_static(torch.tensor([[1.0, -80.0]]), torch.tensor([0.5]))
+        >>> codes
+        tensor([[   2, -127]], dtype=torch.int8)
 
     """
     valid = (scale > 0) & absmax(x).isfinite()
@@ -101,12 +174,39 @@ def quantize_static(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def clipped(x: Tensor, scale: Tensor) -> Tensor:
-    """Where ``quantize_static`` clips x (..., K) at a scale broadcastable to (...): the gradient is 0 there."""
+    """Where ``quantize_static`` clips x (..., K) at a scale broadcastable to (...): the gradient is 0 there.
+
+    Args:
+        x: (..., K), any float dtype.
+        scale: float32, broadcastable to (...).
+
+    Returns:
+        bool (..., K).
+
+    Examples:
+        >>> clipped(torch.tensor([[1.0, -80.0]]), torch.tensor([0.5]))
+        tensor([[False,  True]])
+
+    """
     return (x.float() * (torch.ones_like(scale) / scale).unsqueeze(-1)).round().abs() > QMAX
 
 
 def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """``codes * scale`` in float32, then cast: ``(..., K), (...) -> (..., K)``."""
+    """``codes * scale`` in float32, then cast: ``(..., K), (...) -> (..., K)``.
+
+    Args:
+        codes: int8 (..., K).
+        scale: float32 (...).
+        dtype: of the result.
+
+    Returns:
+        (..., K) of that dtype.
+
+    Examples:
+        >>> dequantize(torch.tensor([[2, -127]], dtype=torch.int8), torch.tensor([0.5]))
+        tensor([[  1.0000, -63.5000]])
+
+    """
     return (codes.float() * scale.unsqueeze(-1)).to(dtype)
 
 
@@ -123,10 +223,21 @@ def int8_mm(
     float64 holds every integer below 2^53, so that its matrix product of codes is exact in any order up to K = 5e11.
 
     Args:
-        x_codes: int8 (B, M, K). x_scale: float32 (B, M).
-        w_codes: int8 (B, N, K). w_scale: float32 (B, N).
+        x_codes: int8 (B, M, K).
+        x_scale: float32 (B, M).
+        w_codes: int8 (B, N, K).
+        w_scale: float32 (B, N).
         bias: (B, N), any float dtype, or None.
-        dtype: of the result (B, M, N); cast once, at the end.
+        dtype: of the result; cast once, at the end.
+
+    Returns:
+        (B, M, N) of that dtype.
+
+    Examples:
+        >>> xq, xs = quantize(torch.tensor([[1.0, -2.0, 0.5]]))
+        >>> wq, ws = quantize(torch.tensor([[0.5, 0.25, 1.0], [1.0, 1.0, 1.0]]))
+        >>> int8_mm(xq[None], xs[None], wq[None], ws[None], None, torch.float32)
+        tensor([[[ 0.5079, -0.4882]]])
 
     """
     # through an integer: 0 * -1 is -0.0 in float64, and the sums of the contract have no sign of zero
@@ -140,12 +251,37 @@ BLOCKS = (32, 64, 128)
 
 
 def block_of(grouping: str) -> int:
-    """The size of blocks that a granularity names ("block64"), or 0."""
+    """The size of blocks that a granularity names ("block64"), or 0.
+
+    Args:
+        grouping: "row", "tensor", or "block" and a size.
+
+    Returns:
+        the size, an int; 0 for "row" and "tensor".
+
+    Examples:
+        >>> block_of("block64"), block_of("row")
+        (64, 0)
+
+    """
     return int(grouping.removeprefix("block")) if grouping.startswith("block") else 0
 
 
 def by_block(x: Tensor, block: int) -> Tensor:
-    """x (M, K) as the rows of its blocks (M * ceil(K / block), block), the last of each padded with zeros."""
+    """x (M, K) as the rows of its blocks (M * ceil(K / block), block), the last of each padded with zeros.
+
+    Args:
+        x: (M, K), any dtype.
+        block: values that share a scale.
+
+    Returns:
+        (M * ceil(K / block), block) of that dtype.
+
+    Examples:
+        >>> by_block(torch.ones(2, 40), 32).shape
+        torch.Size([4, 32])
+
+    """
     k = x.shape[-1]
     padded = x if k % block == 0 else torch.nn.functional.pad(x, (0, -k % block))
     return padded.reshape(-1, block)
@@ -165,9 +301,21 @@ def int8_block_mm(
     Each sum of codes is exact, each operation after it rounded once to float32.
 
     Args:
-        x_codes: int8 (M, K). x_scale: float32 (M, ceil(K / block)).
-        w_codes: int8 (N, K). w_scale: float32 (N, ceil(K / block)).
-        bias: (N,), any float dtype, or None. block: values that share a scale. dtype: of the result (M, N).
+        x_codes: int8 (M, K).
+        x_scale: float32 (M, ceil(K / block)).
+        w_codes: int8 (N, K).
+        w_scale: float32 (N, ceil(K / block)).
+        bias: (N,), any float dtype, or None.
+        block: values that share a scale.
+        dtype: of the result.
+
+    Returns:
+        (M, N) of that dtype.
+
+    Examples:
+        >>> codes, ones = torch.full((1, 64), 2, dtype=torch.int8), torch.ones(1, 2)
+        >>> int8_block_mm(codes, ones, codes, ones, None, 32, torch.float32)
+        tensor([[256.]])
 
     """
     y = torch.zeros((x_codes.shape[0], w_codes.shape[0]), dtype=torch.float32, device=x_codes.device)
@@ -182,7 +330,19 @@ _MASK = 0xFFFFFFFF
 
 
 def mix32(h: Tensor) -> Tensor:
-    """A bijective 32-bit integer hash on int64 tensors that hold values in [0, 2^32) (lowbias32, C. Wellons, 2018)."""
+    """A bijective 32-bit integer hash on int64 tensors that hold values in [0, 2^32) (lowbias32, C. Wellons, 2018).
+
+    Args:
+        h: int64, any shape.
+
+    Returns:
+        int64 of that shape, in [0, 2^32).
+
+    Examples:
+        >>> mix32(torch.arange(3)).tolist()
+        [0, 1753845952, 3507691905]
+
+    """
     h = ((h ^ (h >> 16)) * 0x7FEB352D) & _MASK
     h = ((h ^ (h >> 15)) * 0x846CA68B) & _MASK
     return h ^ (h >> 16)
@@ -198,9 +358,13 @@ def noise(rows: int, columns: int, seed: Tensor) -> Tensor:
     ``tests/test_contract.py`` holds the correlations down.
 
     Args:
-        rows, columns: the shape. seed: int64 (S,), with rows a multiple of S.
+        rows, columns: the shape.
+        seed: int64 (S,), with rows a multiple of S.
 
-    Example:
+    Returns:
+        float32 (rows, columns).
+
+    Examples:
         >>> seed = torch.tensor([5])
         >>> bool((noise(3, 4, seed) == noise(4, 3, seed ^ 1).mT).all())
         True

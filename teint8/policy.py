@@ -33,7 +33,7 @@ class Quant:
     Raises:
         ValueError: a value that is not one of these.
 
-    Example:
+    Examples:
         >>> Quant(rounding="stochastic")
         Quant(rounding='stochastic')
 
@@ -77,9 +77,10 @@ class Rule:
         compute: "int8" runs INT8 kernels, "simulate" plain torch with the same bits.
 
     Raises:
-        TypeError: a field of another type. ValueError: a combination that has no meaning; the message names the fix.
+        TypeError: a field of another type.
+        ValueError: a combination that has no meaning; the message names the fix.
 
-    Example:
+    Examples:
         >>> Rule("*.lm_head.*", weight=None)
         Rule('*.lm_head.*', weight=None)
 
@@ -147,7 +148,13 @@ class Rule:
 class Policy:
     """Rules in order: the first that matches decides, and a call that none matches stays float.
 
-    Example:
+    Attributes:
+        rules: Rules, kept as a tuple.
+
+    Raises:
+        TypeError: an item that is no Rule.
+
+    Examples:
         >>> policy = Policy([Rule("*.out_proj.*", weight=None), *Policy.qat().rules])
         >>> policy
         Policy([
@@ -221,7 +228,7 @@ class Policy:
     def to_json(self) -> str:
         """The rules as JSON, which ``from_json`` reads.
 
-        Example:
+        Examples:
             >>> Policy.from_json(Policy.training().to_json()) == Policy.training()
             True
 
@@ -233,7 +240,8 @@ class Policy:
         """The policy that ``to_json`` wrote.
 
         Raises:
-            ValueError: not JSON, or no list of rules. TypeError: a field that a rule does not have.
+            ValueError: not JSON, or no list of rules.
+            TypeError: a field that a rule does not have.
 
         """
         rules = json.loads(text)
@@ -256,7 +264,7 @@ def glob(pattern: str, path: str) -> bool:
 
     Plain string methods, which Dynamo can trace, unlike ``fnmatch``.
 
-    Example:
+    Examples:
         >>> glob("encoder.*.weight", "encoder.layers.0.linear1.weight"), glob("head", "head.bias")
         (True, False)
 

@@ -32,9 +32,10 @@ class QTensor:
         checked: False skips the checks of a constructor, as rebuilding a pytree must.
 
     Raises:
-        TypeError: codes or scale of another dtype. ValueError: a scale whose shape does not fit the codes.
+        TypeError: codes or scale of another dtype.
+        ValueError: a scale whose shape does not fit the codes.
 
-    Example:
+    Examples:
         >>> q = QTensor.quantize(torch.tensor([[1.0, -2.0], [0.0, 0.5]]))
         >>> q
         QTensor(2x2, torch.float32 as int8, axis=-1, device=cpu, 12 bytes)
@@ -160,7 +161,7 @@ class QTensor:
         Raises:
             ValueError: a scale that is not one positive number.
 
-        Example:
+        Examples:
             >>> q = QTensor.quantize(torch.eye(2)).with_activation_scale(0.02)
             >>> q.activation_scale
             tensor(0.0200)

@@ -186,7 +186,8 @@ def conv(
     """(B, *S', N) from codes (B, *S, C) and (N, *kernel, C / groups), scales (B, V) and (N), bias (N); as ``ops.raw_conv.int8_conv``.
 
     Args:
-        window: a ``Window`` of ops.raw_conv. config: overrides the table; no result depends on it.
+        window: a ``Window`` of ops.raw_conv.
+        config: overrides the table; no result depends on it.
 
     """
     s = _three(xq, wq, window)

@@ -74,8 +74,10 @@ def linear(
     Args:
         isa: "amx" or "vnni".
         x: rows contiguous, in the dtype of y or int8.
-        codes: scratch, int8 (M rounded up to ``BLOCK_ROWS``, K rounded up to 64). scales: float32 (M,).
-        w: contiguous int8 (N, K). w_scale, bias: contiguous float32 (N,).
+        codes: scratch, int8 (M rounded up to ``BLOCK_ROWS``, K rounded up to 64).
+        scales: float32 (M,).
+        w: contiguous int8 (N, K).
+        w_scale, bias: contiguous float32 (N,).
         panels: scratch, int8 (64 times the number of threads, K rounded up to 64), aligned to 64 bytes.
 
     """

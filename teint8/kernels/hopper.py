@@ -23,7 +23,8 @@ class Tile(NamedTuple):
         buffers: shared buffers for the result, for each consumer; not more than a tile has parts, for each part has its own.
         scales_first: load the scales before the loop; never with a bias or a residual, for want of registers.
         group: rows of tiles that go together.
-        limit: registers a thread at the start. registers: of a consumer's thread.
+        limit: registers a thread at the start.
+        registers: of a consumer's thread.
 
     """
 

@@ -75,8 +75,10 @@ class _Plan(NamedTuple):
     """What sources of one shape come to.
 
     Attributes:
-        outputs: tensors with codes by row. sides: those with codes by column.
-        rows: groups that are rows. count: groups in all; there are scales of each, multipliers, and keys where there is noise.
+        outputs: tensors with codes by row.
+        sides: those with codes by column.
+        rows: groups that are rows.
+        count: groups in all; there are scales of each, multipliers, and keys where there is noise.
 
     """
 

@@ -20,7 +20,8 @@ class Zeros:
     So does an op that the dispatcher runs: what torch.compile allocates while it warms up a CUDA graph belongs to that graph.
 
     Args:
-        count: how many are needed. device: where.
+        count: how many are needed.
+        device: where.
 
     """
 

@@ -76,13 +76,18 @@ def activate(kind: str, g: Tensor, u: Tensor | None = None, *, impl: str = "") -
 
     Args:
         kind: "silu", "gelu" (erf) or "gelu_tanh".
-        g: (..., N), any float dtype. u: the same, or None.
+        g: (..., N), any float dtype.
+        u: the same, or None.
         impl: name of an implementation, "" for the best.
 
-    Raises:
-        ValueError: an unknown kind, or u that does not fit g. TypeError: not floats.
+    Returns:
+        The dtype and shape of g.
 
-    Example:
+    Raises:
+        ValueError: an unknown kind, or u that does not fit g.
+        TypeError: not floats.
+
+    Examples:
         >>> activate("silu", torch.tensor([[1.0]]), torch.tensor([[2.0]]))
         tensor([[1.4621]])
 

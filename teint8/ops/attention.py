@@ -38,7 +38,9 @@ def attention(
     torch's float attention at the dequantized q, k and v, which is computed too where one may be asked for.
 
     Args:
-        query: (..., H, M, D), any float dtype. key: (..., G, S, D), value: (..., G, S, E).
+        query: (..., H, M, D), any float dtype.
+        key: (..., G, S, D).
+        value: (..., G, S, E).
         attn_mask: bool (True: seen) or floats that are added, broadcastable to (..., H, M, S).
         is_causal: row i sees keys 0 to i.
         scale: of the scores, 1 / sqrt(D) unless given.
@@ -50,9 +52,10 @@ def attention(
         (..., H, M, E). A row that sees no key is 0.
 
     Raises:
-        TypeError: not floats of one dtype, or a mask of integers. ValueError: shapes or devices that do not fit.
+        TypeError: not floats of one dtype, or a mask of integers.
+        ValueError: shapes or devices that do not fit.
 
-    Example:
+    Examples:
         >>> q = torch.eye(2).reshape(1, 1, 2, 2)
         >>> attention(q, q, q, scale=100.0)
         tensor([[[[1., 0.],

@@ -109,9 +109,12 @@ def block_linear(
     """The linear of ``ops.linear``, which has checked these, where an operand is quantized by block.
 
     Args:
-        x: (..., K). weight: (N, K), or its QTensor. weight_granularity, activation: "row", "tensor", or "block64" and the like; an
+        x: (..., K).
+        weight: (N, K), or its QTensor.
+        weight_granularity, activation: "row", "tensor", or "block64" and the like; an
             activation of None is float.
-        gradient: "" for a float backward, else the granularity of the gradient. weight_codes: of a float weight, if made before.
+        gradient: "" for a float backward, else the granularity of the gradient.
+        weight_codes: of a float weight, if made before.
 
     """
     packed = weight if isinstance(weight, QTensor) else None

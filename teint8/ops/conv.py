@@ -64,9 +64,10 @@ def conv(
         (B, N, *S'), channels last in memory where those of x are.
 
     Raises:
-        TypeError: not a float tensor, or two float dtypes. ValueError: shapes or devices that do not fit, static without a scale.
+        TypeError: not a float tensor, or two float dtypes.
+        ValueError: shapes or devices that do not fit, static without a scale.
 
-    Example:
+    Examples:
         >>> x, w = torch.tensor([[[1.0, 2.0, 3.0]]]), torch.tensor([[[1.0, 1.0]]])
         >>> conv(x, w)
         tensor([[[3.0000, 5.0079]]])
@@ -126,12 +127,18 @@ def conv_problem(
     """The op that ``conv`` of these runs, and the Problem that it poses: what ``select`` chooses an implementation by.
 
     Args:
-        x: (B, C, *S). weight, bias, and the rest: as for ``conv``. dtype: of the result.
+        x: (B, C, *S).
+        weight, bias: as for ``conv``.
+        dtype: of the result.
+        stride, padding, dilation, groups, transposed, output_padding: as for ``conv``.
+
+    Returns:
+        "conv", or "linear" or "int8_mm" where it is one, and the Problem.
 
     Raises:
         TypeError, ValueError: as ``conv``, but for dtypes that differ, which torch.autocast may mend.
 
-    Example:
+    Examples:
         >>> op, problem = conv_problem(torch.ones(2, 3, 8, 8), torch.ones(4, 3, 3, 3), None, torch.float32, padding=1)
         >>> op, problem.m, problem.n, problem.k
         ('conv', 128, 4, 27)

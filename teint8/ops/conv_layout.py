@@ -103,7 +103,7 @@ def packed_kernel(w: Tensor, granularity: str, transposed: bool) -> QTensor:
 def contracted(ndim: int, transposed: bool) -> tuple[int, ...]:
     """The dimensions of a weight that a convolution sums over, counted from the end.
 
-    Example:
+    Examples:
         >>> contracted(4, False), contracted(4, True)
         ((-3, -2, -1), (-4, -2, -1))
 

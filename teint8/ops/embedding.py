@@ -24,9 +24,10 @@ def embedding(ids: Tensor, weight: Tensor | QTensor, *, impl: str = "", **how: A
         (*ids.shape, features), in the table's dtype.
 
     Raises:
-        TypeError: ids that are neither int32 nor int64. ValueError: a table that is not of two dimensions, or packed along its rows.
+        TypeError: ids that are neither int32 nor int64.
+        ValueError: a table that is not of two dimensions, or packed along its rows.
 
-    Example:
+    Examples:
         >>> embedding(torch.tensor([1, 0]), torch.tensor([[1.0, 2.0], [3.0, 5.0]]))
         tensor([[2.9921, 5.0000],
                 [1.0079, 2.0000]])
@@ -57,7 +58,7 @@ def embedding_bag(ids: Tensor, weight: Tensor | QTensor, offsets: Tensor | None 
     Raises:
         TypeError, ValueError: as for ``embedding``.
 
-    Example:
+    Examples:
         >>> embedding_bag(torch.tensor([[0, 1]]), torch.tensor([[1.0, 2.0], [3.0, 5.0]]), mode="sum")
         tensor([[4., 7.]])
 

@@ -172,11 +172,12 @@ def grouped_linear(
         (M, N), in the dtype of x; 0 for rows behind the last group.
 
     Raises:
-        TypeError: dtypes that do not fit. ValueError: shapes or devices that do not; on a CPU, ends that decrease or pass the last row.
+        TypeError: dtypes that do not fit.
+        ValueError: shapes or devices that do not; on a CPU, ends that decrease or pass the last row.
 
     ``torch.func.vmap`` over it raises: groups of each example differ.
 
-    Example:
+    Examples:
         >>> x, w = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]])
         >>> grouped_linear(x, w, torch.tensor([1, 2], dtype=torch.int32))
         tensor([[1.0079],

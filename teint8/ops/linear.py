@@ -130,11 +130,12 @@ def linear(
         (..., N) or (B, M, N).
 
     Raises:
-        TypeError: not a float tensor, or two float dtypes. ValueError: shapes or devices that do not fit, static without a scale.
+        TypeError: not a float tensor, or two float dtypes.
+        ValueError: shapes or devices that do not fit, static without a scale.
 
     The relative error of one product is about 0.012 on Gaussian data at K = 4096; ``tests/test_contract.py`` bounds it.
 
-    Example:
+    Examples:
         >>> x, w = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]])
         >>> linear(x, w)
         tensor([[11.0157]])

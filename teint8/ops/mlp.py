@@ -102,9 +102,10 @@ def gated_mlp(
         (..., K').
 
     Raises:
-        ValueError: shapes that do not fit. TypeError: dtypes or devices that differ.
+        ValueError: shapes that do not fit.
+        TypeError: dtypes or devices that differ.
 
-    Example:
+    Examples:
         >>> x, w = torch.ones(2, 3), torch.ones(4, 3)
         >>> gated_mlp(x, w, w, torch.ones(3, 4))[0]
         tensor([34.2927, 34.2927, 34.2927])
@@ -128,7 +129,11 @@ def mlp(
     """``linear(act(linear(x, up, up_bias)), down, down_bias)`` in one call; see ``gated_mlp``.
 
     Args:
-        x: (..., K). up: (N, K). down: (K', N). up_bias: (N) or None. down_bias: (K') or None.
+        x: (..., K).
+        up: (N, K).
+        down: (K', N).
+        up_bias: (N) or None.
+        down_bias: (K') or None.
         kind: "gelu" (erf), "gelu_tanh" or "silu".
         gradient, wgrad, impl: as for ``gated_mlp``.
 
@@ -136,9 +141,10 @@ def mlp(
         (..., K').
 
     Raises:
-        ValueError: shapes that do not fit. TypeError: dtypes or devices that differ.
+        ValueError: shapes that do not fit.
+        TypeError: dtypes or devices that differ.
 
-    Example:
+    Examples:
         >>> x, w = torch.ones(2, 3), torch.ones(4, 3)
         >>> mlp(x, w, torch.ones(3, 4))[0]
         tensor([11.9838, 11.9838, 11.9838])
@@ -159,16 +165,19 @@ def merged_linear(
     """``linear(x, w, b)`` for several weights that share an input (q, k and v): x is quantized once, rows and columns.
 
     Args:
-        x: (..., K). weights: a sequence of weights (N_i, K), floats or QTensors. biases: as many, each (N_i) or None; or None.
+        x: (..., K).
+        weights: a sequence of weights (N_i, K), floats or QTensors.
+        biases: as many, each (N_i) or None; or None.
         gradient, wgrad, impl: as for ``gated_mlp``.
 
     Returns:
         A tuple of (..., N_i), with the bits of ``linear``.
 
     Raises:
-        ValueError: not as many biases as weights, or shapes that do not fit. TypeError: dtypes or devices that differ.
+        ValueError: not as many biases as weights, or shapes that do not fit.
+        TypeError: dtypes or devices that differ.
 
-    Example:
+    Examples:
         >>> q, k = merged_linear(torch.ones(2, 3), [torch.ones(4, 3), torch.ones(5, 3)])
         >>> q.shape, k.shape
         (torch.Size([2, 4]), torch.Size([2, 5]))

@@ -173,7 +173,8 @@ def norm(
     """RMSNorm or LayerNorm of the last dimension, in the form that ``norm_linear`` quantizes, in every bit (``teint8.norms``).
 
     Args:
-        x: (..., K), any float dtype. weight, bias: (K,), or None.
+        x: (..., K), any float dtype.
+        weight, bias: (K,), or None.
         kind: "rms" or "layer".
         eps: added to the variance.
         impl: name of an implementation, "" for the best.
@@ -182,9 +183,10 @@ def norm(
         (..., K) in the dtype of x; ``tests/test_norm.py`` compares it with float64.
 
     Raises:
-        ValueError: an unknown kind, or shapes that do not fit. TypeError: not floats.
+        ValueError: an unknown kind, or shapes that do not fit.
+        TypeError: not floats.
 
-    Example:
+    Examples:
         >>> norm(torch.tensor([[3.0, 4.0]]), eps=0.0)
         tensor([[0.8485, 1.1314]])
 
@@ -234,9 +236,10 @@ def norm_linear(
         A tuple of (..., N_i); with a residual the sum (..., K) comes last.
 
     Raises:
-        ValueError: not as many biases as weights, or shapes that do not fit. TypeError: dtypes or devices that differ.
+        ValueError: not as many biases as weights, or shapes that do not fit.
+        TypeError: dtypes or devices that differ.
 
-    Example:
+    Examples:
         >>> x, w = torch.ones(2, 3), torch.ones(4, 3)
         >>> q, k, total = norm_linear(x, None, [w, w], residual=x)
         >>> q.shape, total[0]

@@ -41,20 +41,39 @@ def quantize(
     Returns:
         int8 codes in the shape of x, contiguous, and float32 scales (...), one for each row (stride 0 where rows share one).
 
-    Example:
+    Raises:
+        TypeError: x is not a float tensor.
+        ValueError: a scale or group_dims that do not fit x, or an unknown implementation.
+
+    Examples:
         >>> codes, scale = quantize(torch.tensor([[1.0, -2.0], [0.0, 0.0]]))
         >>> codes.tolist(), scale.shape
         ([[64, -127], [0, 0]], torch.Size([2]))
 
     """
+    if not x.is_floating_point():
+        raise TypeError(f"quantize: x is {x.dtype}; a float tensor is needed, such as x.float()")
     if seed is None and scale is None and group_dims == 1 and not impl and traced.fits(x):
         codes, scales = traced.quantize(x)
         return codes, scales
+    _check_groups(x, scale, group_dims)
     op = _quantize if direct(x, seed, scale) else torch.ops.teint8.quantize
     codes, scales = op(x, seed, scale, group_dims, impl)
     if group_dims > 1:
         scales = scales.reshape(*scales.shape, *[1] * (group_dims - 1)).expand(x.shape[:-1])
     return codes, scales
+
+
+def _check_groups(x: Tensor, scale: Tensor | None, group_dims: int) -> None:
+    if not 1 <= group_dims <= max(x.ndim, 1):
+        raise ValueError(
+            f"quantize: group_dims is {group_dims}, x has shape {tuple(x.shape)}; 1 to {x.ndim} dimensions can share a scale"
+        )
+    if scale is None or scale.ndim == 0:
+        return
+    rows = x.shape[:-1]
+    if scale.ndim > len(rows) or any(s not in (1, r) for s, r in zip(scale.shape[::-1], rows[::-1], strict=False)):
+        raise ValueError(f"quantize: scale has shape {tuple(scale.shape)}, and x {tuple(x.shape)}; it must broadcast to {tuple(rows)}")
 
 
 def int8_mm(
@@ -71,7 +90,8 @@ def int8_mm(
     Args:
         x_codes: int8 (..., K) with w_codes (N, K), or (B, M, K) with (B, N, K).
         x_scale: float32, the shape of x_codes without K.
-        w_codes: int8 (N, K) or (B, N, K). w_scale: float32 (N) or (B, N).
+        w_codes: int8 (N, K) or (B, N, K).
+        w_scale: float32 (N) or (B, N).
         bias: (N) or (B, N), any float dtype, or None.
         dtype: float dtype of the result.
         impl: name of an implementation, "" for the best.
@@ -82,7 +102,7 @@ def int8_mm(
     Raises:
         ValueError: ``impl`` is unknown or cannot run this; the message gives the reason.
 
-    Example:
+    Examples:
         >>> codes, scale = quantize(torch.tensor([[1.0, 2.0]]))
         >>> int8_mm(codes, scale, codes, scale, None, torch.float32)
         tensor([[5.0158]])
@@ -135,7 +155,9 @@ def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """``codes * scale`` in float32, then cast: ``numerics.dequantize``, in one kernel where there is one.
 
     Args:
-        codes: int8 (..., K). scale: float32 (...). dtype: float dtype of the result.
+        codes: int8 (..., K).
+        scale: float32 (...).
+        dtype: float dtype of the result.
 
     """
     if codes.is_cuda and direct(codes, scale) and codes.numel() > 0:

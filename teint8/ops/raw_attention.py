@@ -35,7 +35,7 @@ def int8_attention(
     Args:
         impl: name of an implementation, "" for the best.
 
-    Example:
+    Examples:
         >>> from teint8.ops import quantize
         >>> q, v = quantize(torch.ones(1, 1, 2, 4)), quantize(torch.tensor([[[[3.0, 3.0], [-1.0, -1.0]]]]))
         >>> int8_attention(*q, *q, *v, None, False, 0.5, torch.float32)

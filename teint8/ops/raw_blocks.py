@@ -20,7 +20,7 @@ _library.define(
 def quantize_blocks(x: Tensor, block: int, impl: str = "") -> tuple[Tensor, Tensor]:
     """Codes (M, K) and scales (M, ceil(K / block)) of x (M, K); no gradient flows.
 
-    Example:
+    Examples:
         >>> codes, scale = quantize_blocks(torch.ones(2, 40), 32)
         >>> codes.shape, scale.shape
         (torch.Size([2, 40]), torch.Size([2, 2]))
@@ -76,7 +76,7 @@ def int8_block_mm(
 ) -> Tensor:
     """``numerics.int8_block_mm`` of codes (M, K) and (N, K), scales (M, B) and (N, B), by the best implementation, or the named one.
 
-    Example:
+    Examples:
         >>> x = quantize_blocks(torch.ones(2, 40), 32)
         >>> int8_block_mm(*x, *x, None, 32, torch.float32)
         tensor([[40., 40.],

@@ -31,12 +31,18 @@ def quantize_both(x: Tensor, *, seed: Tensor | None = None, impl: str = "") -> C
         int8 codes (..., M, K), float32 scales (..., M), int8 codes (..., K, M), float32 scales (..., K). Rows of codes begin at
         multiples of 16 bytes.
 
-    Example:
+    Raises:
+        TypeError: x is not a float tensor.
+        ValueError: an unknown implementation.
+
+    Examples:
         >>> codes, scale, tcodes, tscale = quantize_both(torch.tensor([[1.0, -2.0], [4.0, 0.0]]))
         >>> codes.tolist(), tcodes.tolist()
         ([[64, -127], [127, 0]], [[32, 127], [-127, 0]])
 
     """
+    if not x.is_floating_point():
+        raise TypeError(f"quantize_both: x is {x.dtype}; a float tensor is needed, such as x.float()")
     if seed is not None and x.ndim > 2 and x.shape[0] > 1:  # one seed for a batch: rows are counted through all of it
         return (*raw.quantize(x, seed=seed, impl=impl), *raw.quantize(x.mT, seed=seed ^ 1, impl=impl))
     op = _quantize_both if raw.direct(x, seed) else torch.ops.teint8.quantize_both
@@ -55,7 +61,7 @@ def quantize_pair(a: Tensor, b: Tensor, *, columns: bool, impl: str = "") -> tup
     Returns:
         int8 codes (2 N, K), float32 scales (2 N); with columns transposed int8 codes (2, K, N), float32 scales (2, K), too.
 
-    Example:
+    Examples:
         >>> codes, scale = quantize_pair(torch.ones(1, 2), torch.tensor([[3.0, 1.0]]), columns=False)
         >>> codes.tolist()
         [[127, 127], [127, 42]]
@@ -76,7 +82,7 @@ def quantize_pair(a: Tensor, b: Tensor, *, columns: bool, impl: str = "") -> tup
 def side_by_side(a: Tensor, b: Tensor, dim: int) -> Tensor:
     """Two tensors alike as one along a dimension: without a copy where the kernels left them side by side.
 
-    Example:
+    Examples:
         >>> x = torch.arange(6).view(2, 3)
         >>> side_by_side(x[:, :1], x[:, 1:2], 1)
         tensor([[0, 1],
@@ -115,7 +121,8 @@ def activation(
     """An activation (gated by u), or given d the gradients of one: values, row codes, transposed column codes; no gradient flows.
 
     Args:
-        g: (M, N) or (B, M, N), any float dtype. u, d: as g, or None.
+        g: (M, N) or (B, M, N), any float dtype.
+        u, d: as g, or None.
         kind: one of ``teint8.activations.KINDS``.
         rows, columns, values: what is wanted of each result.
         value_columns: with d, transposed column codes of the activation's value, too: a backward needs no codes kept by the forward.
@@ -126,7 +133,7 @@ def activation(
         For each result ``[values]``, ``[codes, scale]``, ``[tcodes, tscale]``, of these what is wanted, in one list; last those of the
         value.
 
-    Example:
+    Examples:
         >>> (h,) = activation(torch.tensor([[1.0, 0.0]]), kind="silu", values=True)
         >>> h
         tensor([[0.7311, 0.0000]])

@@ -47,7 +47,7 @@ _library.define("quantize_channels(Tensor x, str impl) -> (Tensor, Tensor)")
 def quantize_channels(x: Tensor, impl: str = "") -> tuple[Tensor, Tensor]:
     """Codes (B, *S, C), contiguous, and scales (B, C) of x (B, *S, C): each channel of a sample has a scale; no gradient flows.
 
-    Example:
+    Examples:
         >>> codes, scale = quantize_channels(torch.tensor([[[1.0, 4.0], [2.0, 1.0]]]))
         >>> codes.tolist()
         [[[64, 127], [127, 32]]]
@@ -115,7 +115,8 @@ def int8_conv(
     Args:
         x_codes: int8 (B, *S, C), one to three spatial dimensions S.
         x_scale: float32 (B, V): each of V equal parts of the channels has a scale; V divides the number of groups.
-        w_codes: int8 (N, *kernel, C / groups). w_scale: float32 (N).
+        w_codes: int8 (N, *kernel, C / groups).
+        w_scale: float32 (N).
         bias: (N), any float dtype, or None.
         window: stride, padding, dilation and groups.
         dtype: float dtype of the result.
@@ -124,7 +125,7 @@ def int8_conv(
     Returns:
         (B, *S', N).
 
-    Example:
+    Examples:
         >>> from teint8.ops import quantize
         >>> codes, scale = quantize(torch.tensor([[1.0, 2.0, 3.0]]))
         >>> x, w = codes.view(1, 3, 1), codes[:, :2].reshape(1, 2, 1)

@@ -25,8 +25,10 @@ def int8_grouped_mm(
     """``int8_mm`` of each group of rows by its own weight; no gradient flows.
 
     Args:
-        x_codes: int8 (M, K), rows sorted by group. x_scale: float32 (M).
-        w_codes: int8 (G, N, K). w_scale: float32 (G, N).
+        x_codes: int8 (M, K), rows sorted by group.
+        x_scale: float32 (M).
+        w_codes: int8 (G, N, K).
+        w_scale: float32 (G, N).
         ends: int32 or int64 (G): group g has the rows from ends[g - 1] (0 for the first) up to ends[g].
         dtype: float dtype of the result.
         impl: name of an implementation, "" for the best.

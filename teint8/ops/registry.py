@@ -62,9 +62,21 @@ OPS = (
 
 
 class Problem(NamedTuple):
-    """What an implementation is chosen by; ``quantize`` has n = 0, and its dtype is that of x.
+    """What an implementation is chosen by.
 
-    ``extra``: for conv, how many spatial dimensions there are, and channels in a group.
+    Attributes:
+        device: torch's device type.
+        dtype: of the result; of ``quantize`` and ``quantize_both`` that of x.
+        batch: how many matmuls in one call.
+        m: rows of the activation.
+        n: output channels; 0 for ``quantize``.
+        k: length of the contraction.
+        extra: for conv, how many spatial dimensions there are, and channels in a group; the module's docstring has the others.
+
+    Examples:
+        >>> Problem("cpu", torch.float32, 1, 8, 16, 64).k
+        64
+
     """
 
     device: str
@@ -91,6 +103,10 @@ class Implementation:
         adds: for int8_mm, whether it takes a residual.
         pairs: for quantize and quantize_both, whether it takes a pair.
         describe: given a Problem, the configuration that it runs it with; None where it has one for all.
+
+    Examples:
+        >>> implementations("int8_mm")[-1].op
+        'int8_mm'
 
     """
 
@@ -140,10 +156,14 @@ def register(
         pairs: for quantize and quantize_both, whether it takes ``pair``, a second tensor like x.
         describe: tells which of its configurations runs a problem, for the receipt.
 
-    Raises:
-        ValueError: an unknown op. TypeError: ``run`` is not callable.
+    Returns:
+        The Implementation, as it is registered now.
 
-    Example:
+    Raises:
+        ValueError: an unknown op.
+        TypeError: ``run`` is not callable.
+
+    Examples:
         >>> from teint8 import numerics
         >>> def mine(x, seed, scale):
         ...     return numerics.quantize(x, seed) if scale is None else numerics.quantize_static(x, scale)
@@ -174,7 +194,24 @@ def generation() -> int:
 
 
 def implementations(op: str) -> tuple[Implementation, ...]:
-    """Every registered implementation of ``op``, the preferred first."""
+    """Every registered implementation of ``op``, the preferred first.
+
+    Args:
+        op: one of OPS.
+
+    Returns:
+        A tuple, by falling priority.
+
+    Raises:
+        ValueError: an unknown op.
+
+    Examples:
+        >>> [i.name for i in implementations("int8_mm") if i.device == ""]
+        ['reference']
+
+    """
+    if op not in _implementations:
+        raise ValueError(f"op is {op!r}; one of {', '.join(map(repr, OPS))} is needed")
     return tuple(_implementations[op])
 
 
@@ -194,26 +231,56 @@ def best(op: str, problem: Problem) -> Implementation | None:
 def select(op: str, problem: Problem, name: str = "") -> Implementation:
     """The implementation that runs ``problem``: the one asked for by name, else the best.
 
+    Args:
+        op: one of OPS.
+        problem: what it is to run.
+        name: of an implementation, "" for the best.
+
+    Returns:
+        An Implementation.
+
     Raises:
-        ValueError: none of that name, or it cannot run the problem; the message gives its reason.
+        ValueError: an unknown op, none of that name, or it cannot run the problem; the message gives its reason.
+
+    Examples:
+        >>> select("int8_mm", Problem("cpu", torch.float32, 1, 8, 16, 64), "reference").priority
+        0
 
     """
+    known = implementations(op)
     chosen = None if name else best(op, problem)
     if chosen is not None:
         return chosen
-    for implementation in _implementations[op]:
+    for implementation in known:
         if implementation.name == name:
             reason = why_not(implementation, problem)
             if reason is None:
                 return implementation
             raise ValueError(f"{op}: implementation {name!r} cannot run {problem}: {reason}")
-    known = ", ".join(repr(i.name) for i in _implementations[op])
-    raise ValueError(f"{op}: no implementation is called {name!r}; registered are {known}")
+    names = ", ".join(repr(i.name) for i in known)
+    raise ValueError(f"{op}: no implementation is called {name!r}; registered are {names}")
 
 
 def describe(op: str, name: str, problem: Problem) -> str:
-    """The configuration that the implementation of that name runs ``problem`` with, or ""."""
-    tell = next((i.describe for i in _implementations[op] if i.name == name), None)
+    """The configuration that the implementation of that name runs ``problem`` with, or "".
+
+    Args:
+        op: one of OPS.
+        name: of an implementation.
+        problem: what it is to run.
+
+    Returns:
+        The words that a receipt shows under ``kernel``.
+
+    Raises:
+        ValueError: an unknown op.
+
+    Examples:
+        >>> describe("int8_mm", "reference", Problem("cpu", torch.float32, 1, 8, 16, 64))
+        ''
+
+    """
+    tell = next((i.describe for i in implementations(op) if i.name == name), None)
     return "" if tell is None else tell(problem)
 
 

@@ -67,9 +67,10 @@ def hadamard(x: Tensor, block: int) -> Tensor:
     Sums go pairwise, in a fixed order: the same bits on every device and for every batch.
 
     Args:
-        x: (..., K), any float dtype. block: a power of two that divides K.
+        x: (..., K), any float dtype.
+        block: a power of two that divides K.
 
-    Example:
+    Examples:
         >>> hadamard(torch.tensor([1.0, 2.0, 3.0, 4.0]), 4)
         tensor([10., -2., -4.,  0.])
 

@@ -76,7 +76,8 @@ def hat(x: Tensor | None, codes: Any, scale: Any, clipped: Tensor | None, dtype:
 
     Args:
         x: (..., K) float, or None for a constant.
-        codes: int8 (..., K) or None. scale: float32 (...).
+        codes: int8 (..., K) or None.
+        scale: float32 (...).
         clipped: bool (..., K), where a static scale clipped and no gradient flows, or None.
         dtype: of the result.
 

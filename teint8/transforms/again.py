@@ -19,7 +19,8 @@ class Again(Route):
 
     Attributes:
         policy_number: of the policy, quick to hash; None in compiled code.
-        paths_matter: whether rules depend on paths. quick: by the id of a weight, what is known of it; None where nothing is kept.
+        paths_matter: whether rules depend on paths.
+        quick: by the id of a weight, what is known of it; None where nothing is kept.
 
     """
 

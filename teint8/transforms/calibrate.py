@@ -27,9 +27,19 @@ class Statistics(NamedTuple):
 
     Attributes:
         counts: int64 (BINS,), how many values had this magnitude.
-        channels: float32 (K,), absmax of each channel. sums: float32 (K,), sum of |x| of each. tokens: int64 (), rows seen.
-        moving: float32 (), the moving average of the batches' absmax (0.9 of the old). batches: int64 ().
+        channels: float32 (K,), absmax of each channel.
+        sums: float32 (K,), sum of |x| of each.
+        tokens: int64 (), rows seen.
+        moving: float32 (), the moving average of the batches' absmax (0.9 of the old).
+        batches: int64 ().
         axis: int64 (), the dimension of the weight that meets the channels: -1 as in nn.Linear, -2 in ``x @ w``; 0 where both occur.
+
+    Examples:
+        >>> from teint8 import quantize
+        >>> model = torch.nn.Linear(8, 4)
+        >>> stats = calibrate(quantize(model), dict(model.named_parameters()), [torch.ones(2, 8)], progress=False)
+        >>> int(stats["weight"].tokens), float(stats["weight"].absmax)
+        (2, 1.0)
 
     """
 
@@ -69,10 +79,11 @@ def calibrate(qfn: Any, params: Any, batches: Iterable[Any], *, state: Calibrati
         By the path of each weight its Statistics.
 
     Raises:
-        TypeError: one tensor as batches. ValueError: no batches, packed parameters, no weight that the policy quantizes, or values that
+        TypeError: one tensor as batches.
+        ValueError: no batches, packed parameters, no weight that the policy quantizes, or values that
             are not finite.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> from teint8 import pack, quantize, Policy, Quant, Rule
         >>> model, x = nn.Linear(8, 4), torch.linspace(-1, 1, 32).view(4, 8)
@@ -92,10 +103,17 @@ def calibrate(qfn: Any, params: Any, batches: Iterable[Any], *, state: Calibrati
 def merge(*calibrations: Calibration) -> Calibration:
     """Statistics of all that each saw, as if one had seen it all; moving averages are weighted by their batches.
 
-    Raises:
-        TypeError: not results of ``calibrate``. ValueError: of other models.
+    Args:
+        calibrations: results of ``calibrate``, one or more, of one model.
 
-    Example:
+    Returns:
+        Statistics by path, those of a path added up.
+
+    Raises:
+        TypeError: not results of ``calibrate``.
+        ValueError: of other models.
+
+    Examples:
         >>> from torch import nn
         >>> from teint8 import quantize
         >>> model = nn.Linear(8, 4)
@@ -135,10 +153,13 @@ def scales(calibration: Calibration, method: str = "mse", *, percentile: float =
             (Migacz, 2017).
         percentile: of the magnitudes, for that method.
 
+    Returns:
+        A float32 scale, one number, by path.
+
     Raises:
         ValueError: an unknown method, or a percentile that is not in (0, 100].
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> from teint8 import quantize
         >>> model, x = nn.Linear(8, 4), torch.linspace(-1, 1, 32).view(4, 8)
@@ -163,10 +184,13 @@ def with_scales(params: Any, static: Mapping[str, Tensor]) -> Any:
             what ``pack`` leaves in float.
         static: scales by path, as ``scales`` returns them.
 
+    Returns:
+        A tree of the same structure.
+
     Raises:
         ValueError: a scale that is not one positive number, or one of a path that params do not have.
 
-    Example:
+    Examples:
         >>> with_scales({"w": torch.ones(2, 3)}, {"w": torch.tensor(0.5)})
         {'w': Conditioned(2x3 torch.float32, static activation scale)}
 

@@ -13,6 +13,15 @@ class Comparison:
     Attributes:
         rows: for each path and op what ran as what before and after ("" where it was not called), both SQNR in dB, and both bytes.
 
+    Examples:
+        >>> import torch
+        >>> from teint8 import Policy, Rule, explain, quantize
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Linear(32, 10))
+        >>> params, x = dict(model.named_parameters()), torch.ones(8, 64)
+        >>> head = Policy([Rule("1.*", weight=None), Rule()])
+        >>> compare(explain(quantize(model), params, x), explain(quantize(model, head), params, x)).changed
+        ('1.weight',)
+
     """
 
     rows: tuple[tuple[str, str, str, str, float | None, float | None, int, int], ...]
@@ -61,7 +70,7 @@ def compare(before: Receipt, after: Receipt) -> Comparison:
     Raises:
         TypeError: what is given is no Receipt.
 
-    Example:
+    Examples:
         >>> from torch import nn, ones
         >>> from teint8 import Policy, explain, quantize
         >>> model = nn.Linear(64, 32)

@@ -9,7 +9,8 @@ class Product(NamedTuple):
     """A product by a weight.
 
     Attributes:
-        x: (..., K). axis: the dimension of the weight that is contracted, -1 or -2.
+        x: (..., K).
+        axis: the dimension of the weight that is contracted, -1 or -2.
         order: how the dimensions of the result (..., N) are permuted, or None.
 
     """
@@ -22,7 +23,7 @@ class Product(NamedTuple):
 def einsum(equation: str, x: Tensor, w: Tensor, weight_first: bool) -> Product | str:
     """What ``torch.einsum`` of x and a weight of two dimensions comes to, or the reason why it is no product by it.
 
-    Example:
+    Examples:
         >>> import torch
         >>> x, axis, order = einsum("bsd,de->bes", torch.ones(2, 3, 4), torch.ones(4, 5), False)
         >>> x.shape, axis, order

@@ -18,7 +18,8 @@ class Convolution(NamedTuple):
     """A call.
 
     Attributes:
-        x, w, bias: its tensors, x as it came. dims: how many spatial dimensions.
+        x, w, bias: its tensors, x as it came.
+        dims: how many spatial dimensions.
         how: the other arguments, as ``ops.conv`` takes them.
 
     """

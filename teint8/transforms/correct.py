@@ -34,10 +34,11 @@ def correct_bias(qfn: Any, params: Any, batches: Iterable[Any], *, progress: boo
         (with strict=False where weights are tied, or buffers are not persistent).
 
     Raises:
-        TypeError: not a quantized module, or one tensor as batches. ValueError: packed parameters, no batches, or no layer that runs in
+        TypeError: not a quantized module, or one tensor as batches.
+        ValueError: packed parameters, no batches, or no layer that runs in
             INT8 has a bias or a BatchNorm.
 
-    Example:
+    Examples:
         >>> from teint8 import quantize
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
         >>> fixed, buffers = correct_bias(quantize(model), dict(model.named_parameters()), [torch.rand(8, 3, 9, 9)], progress=False)

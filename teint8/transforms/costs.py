@@ -14,7 +14,7 @@ from teint8.transforms.operands import Operand
 def bytes_of(m: int, n: int, k: int, batch: int, ran_as: str, size: int) -> int:
     """Bytes that a matmul must read and write, floats of ``size`` bytes: operands as they are multiplied, scales, the result.
 
-    Example:
+    Examples:
         >>> bytes_of(16, 8, 32, 1, "float", 4), bytes_of(16, 8, 32, 1, "cpu-amx", 4)
         (3584, 1376)
 

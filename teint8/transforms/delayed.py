@@ -23,15 +23,17 @@ def delayed(qfn: Any, *, steps: int = 16, margin: float = 1.0) -> Callable[..., 
 
     Args:
         qfn: a result of ``quantize``; its gradients and weights stay as its policy says.
-        steps: how many steps the history holds. margin: what the largest absmax is multiplied with.
+        steps: how many steps the history holds.
+        margin: what the largest absmax is multiplied with.
 
     Returns:
         The function; begin with ``history={}``.
 
     Raises:
-        TypeError: ``qfn`` is not quantized. ValueError: steps below 1, a margin that is not positive, or packed parameters.
+        TypeError: ``qfn`` is not quantized.
+        ValueError: steps below 1, a margin that is not positive, or packed parameters.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> from teint8 import quantize
         >>> model, x = nn.Linear(8, 4), torch.ones(2, 8)

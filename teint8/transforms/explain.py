@@ -48,7 +48,7 @@ def explain(qfn: Any, params: Any, *args: Any, **kwargs: Any) -> Receipt:
     Raises:
         TypeError: ``qfn`` is not quantized.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> from teint8 import quantize
         >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))

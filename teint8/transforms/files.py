@@ -23,7 +23,13 @@ class PackedFile(NamedTuple):
     """What a file holds.
 
     Attributes:
-        params: the tree that was saved. policy: the Policy that was saved with it, or None.
+        params: the tree that was saved.
+        policy: the Policy that was saved with it, or None.
+
+    Examples:
+        >>> params, policy = PackedFile({"w": 1}, Policy.qat())
+        >>> policy == Policy.qat()
+        True
 
     """
 
@@ -51,10 +57,11 @@ def save_packed(
         The paths that were written, an index last.
 
     Raises:
-        TypeError: a leaf that is no tensor, or a key that is no string. ValueError: nothing to save, or a leaf too large for a shard.
+        TypeError: a leaf that is no tensor, or a key that is no string.
+        ValueError: nothing to save, or a leaf too large for a shard.
         ImportError: safetensors is not installed.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from torch import nn
         >>> from teint8 import pack, quantize
@@ -98,17 +105,20 @@ def load_packed(path: str | os.PathLike[str], *, device: str | torch.device = "c
     """Packed parameters from a file, or from several by their index; on the CPU memory-mapped: no float copy is made.
 
     Args:
-        path: what ``save_packed`` wrote, or its index. device: where the tensors go.
+        path: what ``save_packed`` wrote, or its index.
+        device: where the tensors go.
         verify: compare every tensor with its checksum, which reads the whole file; False reads it as it is used.
 
     Returns:
         A PackedFile: ``params`` is what was saved, bit for bit.
 
     Raises:
-        FileNotFoundError: there is no such file. ValueError: it is no file of ``save_packed``, of a version that this one does not
-            know, truncated or edited; the message says which. ImportError: safetensors is not installed.
+        FileNotFoundError: there is no such file.
+        ValueError: it is no file of ``save_packed``, of a version that this one does not
+            know, truncated or edited; the message says which.
+        ImportError: safetensors is not installed.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     (file,) = save_packed(folder + "/w.safetensors", {"w": torch.ones(2)}, policy=Policy.qat())

@@ -32,10 +32,11 @@ def fold_batchnorm(qfn: Any, params: Any, *args: Any, **kwargs: Any) -> tuple[Tr
         (parameters, buffers), which ``qfn`` takes in place of ``params``; ``load_state_dict(parameters | buffers)`` takes them, too.
 
     Raises:
-        TypeError: not a quantized module. ValueError: packed parameters, no inputs, or nothing to fold: a BatchNorm needs running
+        TypeError: not a quantized module.
+        ValueError: packed parameters, no inputs, or nothing to fold: a BatchNorm needs running
             statistics, and a layer before it whose output nothing else uses, and whose parameters nothing else has.
 
-    Example:
+    Examples:
         >>> from teint8 import quantize
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)).eval()
         >>> x, qfn = torch.randn(2, 3, 9, 9), quantize(model)

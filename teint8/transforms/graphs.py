@@ -95,7 +95,7 @@ _CONTAINERS = {"_modules", "_parameters", "_buffers", "_orig_mod"}
 def path_of(source: str) -> str:
     """A weight's path from the expression by which Dynamo reaches it.
 
-    Example:
+    Examples:
         >>> path_of("L['self']._modules['0']._parameters['weight']"), path_of("L['params']['layers'][0]['w']")
         ('0.weight', 'layers.0.w')
 

@@ -23,7 +23,9 @@ class Entry:
     """A packed form of a weight.
 
     Attributes:
-        place: what the weight was when it was packed. storage: a weak reference to its memory. packed: its codes.
+        place: what the weight was when it was packed.
+        storage: a weak reference to its memory.
+        packed: its codes.
         valid: False once an optimizer stepped the weight, or the cache was cleared.
 
     """

@@ -28,11 +28,16 @@ def save_compressed_tensors(folder: str | os.PathLike[str], params: dict[str, An
         params: what ``pack`` returned for a module: a dict by name.
         config: the model's own configuration, which is kept beside; that of a ``config.json`` in the folder unless given.
 
-    Raises:
-        TypeError: not a dict of tensors and QTensors by name. ValueError: a weight that the format has no place for, or activations of
-            which some are static and some not. ImportError: safetensors is not installed.
+    Returns:
+        Nothing; ``load_compressed_tensors(folder)`` reads it back.
 
-    Example:
+    Raises:
+        TypeError: not a dict of tensors and QTensors by name.
+        ValueError: a weight that the format has no place for, or activations of
+            which some are static and some not.
+        ImportError: safetensors is not installed.
+
+    Examples:
         >>> import tempfile
         >>> from torch import nn
         >>> from teint8 import pack, quantize
@@ -95,10 +100,12 @@ def load_compressed_tensors(folder: str | os.PathLike[str], *, device: str | tor
         A PackedFile: parameters by name, which ``quantize``'s functions take, and a policy: INT8 for what is INT8 in the file.
 
     Raises:
-        FileNotFoundError: no configuration or no tensors. ValueError: another format, or one that INT8 by channel cannot hold; the
-            message says what. ImportError: safetensors is not installed.
+        FileNotFoundError: no configuration or no tensors.
+        ValueError: another format, or one that INT8 by channel cannot hold; the
+            message says what.
+        ImportError: safetensors is not installed.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> packed = {"0.weight": QTensor.quantize(torch.ones(2, 4)), "0.bias": torch.zeros(2)}
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -141,10 +148,13 @@ def from_torchao(state: dict[str, Any]) -> dict[str, Any]:
     Args:
         state: ``model.state_dict()`` after ``torchao.quantization.quantize_(model, Int8DynamicActivationInt8WeightConfig())``.
 
+    Returns:
+        A dict by name, as ``pack`` gives it: QTensors for INT8 tensors, all others as they are.
+
     Raises:
         ValueError: no tensor of that kind, or one that is not symmetric by channel.
 
-    Example:
+    Examples:
         >>> class Int8Tensor:
         ...     qdata, scale, dtype = torch.tensor([[1, -2]], dtype=torch.int8), torch.tensor([[0.5]]), torch.float32
         >>> from_torchao({"0.weight": Int8Tensor(), "0.bias": torch.ones(1)})["0.weight"].dequantize()

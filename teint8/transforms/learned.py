@@ -19,7 +19,17 @@ from teint8.transforms.trees import is_grouped, map_leaves, weights_of
 
 
 class Learned(NamedTuple):
-    """Scales of one linear, leaves of a pytree that torch.func.grad differentiates: weight float32 (N, 1), activation float32 ()."""
+    """Scales of one linear, leaves of a pytree that torch.func.grad differentiates.
+
+    Attributes:
+        weight: float32 (N, 1), a scale for each output channel.
+        activation: float32 (), the static scale of the activation.
+
+    Examples:
+        >>> Learned(torch.ones(4, 1), torch.tensor(0.1)).weight.shape
+        torch.Size([4, 1])
+
+    """
 
     weight: Tensor
     activation: Tensor
@@ -33,13 +43,18 @@ def learned_scales(qfn: Any, params: Any, calibration: Calibration, method: str 
     """Where learning begins: absmax / 127 of each output channel, and static scales of the activations.
 
     Args:
-        qfn: a result of ``quantize``. params: its float parameters.
-        calibration: a result of ``calibrate`` with these. method: of ``scales``.
+        qfn: a result of ``quantize``.
+        params: its float parameters.
+        calibration: a result of ``calibrate`` with these.
+        method: of ``scales``.
+
+    Returns:
+        A ``Learned`` by path, for each linear weight that the policy quantizes.
 
     Raises:
         ValueError: packed or conditioned parameters, weights that are not (N, K) as nn.Linear has them, or statistics of another model.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> from teint8 import calibrate, quantize
         >>> model, x = nn.Linear(8, 4), torch.ones(2, 8)
@@ -80,7 +95,7 @@ def lsq(qfn: Any) -> Callable[..., Any]:
     Raises:
         TypeError: ``qfn`` is not quantized, or when called, no pair was given.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> from teint8 import calibrate, quantize
         >>> model, x = nn.Linear(8, 4), torch.randn(16, 8)
@@ -107,10 +122,17 @@ def lsq(qfn: Any) -> Callable[..., Any]:
 def pack_learned(params: Any, learned: LearnedScales) -> Any:
     """Packed parameters by learned scales, static activation scales included, for rules with ``activation=Quant(scale="static")``.
 
+    Args:
+        params: a pytree of float parameters.
+        learned: a Learned by path, as ``learned_scales`` begins and training ends it.
+
+    Returns:
+        A tree of the same structure, with QTensors in place of the weights that have learned scales.
+
     Raises:
         ValueError: a scale that is not positive.
 
-    Example:
+    Examples:
         >>> pack_learned({"w": torch.ones(2, 3)}, {"w": Learned(torch.full((2, 1), 0.5), torch.tensor(0.1))})["w"].codes[0].tolist()
         [2, 2, 2]
 
@@ -131,7 +153,7 @@ def pack_learned(params: Any, learned: LearnedScales) -> Any:
 def static_policy(policy: Policy) -> Policy:
     """The rules of a policy with static activations.
 
-    Example:
+    Examples:
         >>> static_policy(Policy.qat())
         Policy([
             Rule('*', activation=Quant(scale='static')),

@@ -44,9 +44,10 @@ def pack(qfn: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
         A tree of the same structure, with QTensor leaves. Leaves that are packed already stay as they are.
 
     Raises:
-        TypeError: ``qfn`` is not quantized, or a function without example inputs. ValueError: nothing to pack.
+        TypeError: ``qfn`` is not quantized, or a function without example inputs.
+        ValueError: nothing to pack.
 
-    Example:
+    Examples:
         >>> from teint8 import quantize
         >>> model = nn.Linear(4, 2)
         >>> packed = pack(quantize(model), dict(model.named_parameters()))
@@ -101,7 +102,13 @@ def _check_shapes(module: nn.Module, groups: tuple[Any, ...]) -> None:
 def unpack(packed: Any) -> Any:
     """The tree with each QTensor dequantized: float weights on their INT8 grid; conditioned ones stay so, with a float weight.
 
-    Example:
+    Args:
+        packed: a pytree, as ``pack`` returned it; float leaves stay as they are.
+
+    Returns:
+        A tree of the same structure, which a model's ``load_state_dict`` takes.
+
+    Examples:
         >>> unpack({"w": QTensor.quantize(torch.tensor([[1.0, -2.0]])), "b": 3.0})
         {'w': tensor([[ 1.0079, -2.0000]]), 'b': 3.0}
 

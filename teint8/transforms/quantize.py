@@ -138,7 +138,7 @@ def quantize(module_or_fn: nn.Module | Callable[..., Any], policy: Policy | None
     Raises:
         TypeError: not a module or function, or not a Policy. When called, ValueError: params that do not fit the module.
 
-    Example:
+    Examples:
         >>> model = nn.Linear(4, 2)
         >>> qfn = quantize(model)
         >>> params = dict(model.named_parameters())

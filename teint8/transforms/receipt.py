@@ -17,7 +17,9 @@ class Record:
     Attributes:
         path: the weight's path in the params, or the call site ("file.py:12") where it has none.
         op: "linear", "matmul", "activation_matmul", "conv", "embedding", "recurrent" or "attention".
-        m: rows of the activation, over all leading dimensions. n: output channels. k: length of the contraction.
+        m: rows of the activation, over all leading dimensions.
+        n: output channels.
+        k: length of the contraction.
         batch: how many such matmuls in one call (a batched weight).
         implementation: what ran the forward: "cpu-amx", "triton", ...; "reference" (simulated in plain torch), "dequantized" (W8A16: a
             float matmul by an INT8 weight) or "float".
@@ -29,6 +31,10 @@ class Record:
         sqnr: of the results of all calls against those in float, ``10 log10(sum y^2 / sum (y - y_int8)^2)`` in dB, or None.
         saturated: the share of activation codes that are -127 or 127: with a dynamic scale the largest of each row, with a static one
             also what it clipped; None if not measured, or if the activation is float.
+
+    Examples:
+        >>> Record("fc.weight", "linear", 32, 10, 64, 1, "cpu-amx", "W8A8").int8
+        True
 
     """
 
@@ -78,7 +84,7 @@ class Receipt:
     Attributes:
         unmatched: rules that decided no call.
 
-    Example:
+    Examples:
         >>> receipt = Receipt()
         >>> receipt.add(("fc.weight", "linear", 32, 10, 64, 1, "cpu-amx", "W8A8", ""))
         >>> print(receipt)
@@ -134,7 +140,7 @@ class Receipt:
     def to_json(self) -> str:
         """The records, and the rules that decided nothing, as JSON.
 
-        Example:
+        Examples:
             >>> Receipt().to_json()
             '{"records": [], "unmatched": []}'
 
@@ -154,7 +160,8 @@ class Receipt:
             The axes.
 
         Raises:
-            ValueError: nothing was measured; ``teint8.explain`` measures. ImportError: matplotlib is not installed.
+            ValueError: nothing was measured; ``teint8.explain`` measures.
+            ImportError: matplotlib is not installed.
 
         """
         found = [(r.path, r.sqnr) for r in self if r.sqnr is not None and math.isfinite(r.sqnr)]

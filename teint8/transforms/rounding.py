@@ -22,7 +22,8 @@ class Moment(NamedTuple):
     """Of the activation that meets a weight: the mean of x^T x, float32 (K, K), half the Hessian of the squared error.
 
     Attributes:
-        mean: it. axis: int64 (), the dimension of the weight that meets it: -1 as in nn.Linear, -2 in ``x @ w``; 0 where both occur.
+        mean: it.
+        axis: int64 (), the dimension of the weight that meets it: -1 as in nn.Linear, -2 in ``x @ w``; 0 where both occur.
 
     """
 
@@ -38,14 +39,18 @@ def second_moments(qfn: Any, params: Any, batches: Iterable[Any], *, progress: b
     """The mean of x^T x of the activation of each weight that the policy quantizes, which ``gptq``, ``adaround`` and ``awq`` take.
 
     Args:
-        qfn: a result of ``quantize``. params: its float parameters, conditioned ones too.
+        qfn: a result of ``quantize``.
+        params: its float parameters, conditioned ones too.
         batches: example inputs, as for ``calibrate``; more rows than features.
         progress: show a progress bar.
+
+    Returns:
+        A Moment by path: ``mean`` float32 (K, K), and the ``axis`` of the weight that meets it.
 
     Raises:
         TypeError, ValueError: as ``calibrate``.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> from teint8 import quantize
         >>> model = nn.Linear(2, 4)
@@ -86,16 +91,20 @@ def gptq(qfn: Any, params: Any, moments: Moments, *args: Any, damping: float = 0
     in all it is more.
 
     Args:
-        qfn: a result of ``quantize``. params: its float parameters.
+        qfn: a result of ``quantize``.
+        params: its float parameters.
         moments: a result of ``second_moments`` with these parameters; weights that are not in it are packed to nearest.
         args, kwargs: example inputs, as ``pack`` takes them.
         damping: what is added to the diagonal, as a share of its mean.
         progress: show a progress bar.
 
+    Returns:
+        A tree of the same structure, its quantized weights QTensors.
+
     Raises:
         ValueError: moments of another model.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> from teint8 import quantize, Policy, Quant, Rule
         >>> _ = torch.manual_seed(0)
@@ -121,10 +130,13 @@ def adaround(qfn: Any, params: Any, moments: Moments, *args: Any, sweeps: int = 
         qfn, params, moments, args, kwargs, progress: as for ``gptq``.
         sweeps: over all channels, at most; it ends where nothing changes.
 
+    Returns:
+        A tree of the same structure, its quantized weights QTensors.
+
     Raises:
         ValueError: moments of another model.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> from teint8 import quantize
         >>> _ = torch.manual_seed(0)
@@ -157,7 +169,7 @@ def awq(qfn: Any, params: Any, moments: Moments, *, progress: bool = True) -> An
     Raises:
         ValueError: packed parameters, or moments of another model.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> from teint8 import quantize
         >>> _ = torch.manual_seed(0)

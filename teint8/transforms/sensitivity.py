@@ -33,7 +33,8 @@ def sensitivity(
     """How much each layer loses in INT8, largest first: what to keep in float.
 
     Args:
-        qfn: a result of ``quantize``. params: its float parameters.
+        qfn: a result of ``quantize``.
+        params: its float parameters.
         batches: example inputs, as for ``calibrate``; a few are enough.
         method: "hessian": the mean of the Hessian's diagonal times the squared error of the rounded weight (HAWQ-V2, Dong et al.,
             2020), the trace by eight Hessian-vector products through the function (jvp of grad) with random signs, always the
@@ -48,9 +49,10 @@ def sensitivity(
         By the path of each weight that the policy quantizes a number, the largest first.
 
     Raises:
-        TypeError: one tensor as batches. ValueError: an unknown method, packed parameters, no batches, or nothing quantized.
+        TypeError: one tensor as batches.
+        ValueError: an unknown method, packed parameters, no batches, or nothing quantized.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> _ = torch.manual_seed(0)
         >>> model, x = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8)), torch.randn(64, 32)
@@ -82,7 +84,8 @@ def search(
     """A policy for a budget of bytes: the layers that gain most for a byte stay in float, before the rules of ``qfn``.
 
     Args:
-        qfn: a result of ``quantize``. params: its float parameters.
+        qfn: a result of ``quantize``.
+        params: its float parameters.
         scores: a result of ``sensitivity``.
         args, kwargs: example inputs, as ``pack`` takes them.
         nbytes: of all these weights together at most; or
@@ -94,7 +97,7 @@ def search(
     Raises:
         ValueError: neither or both budgets, one below what INT8 takes, or scores of another model.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
         >>> search(quantize(model), dict(model.named_parameters()), {"2.weight": 9.0, "0.weight": 1.0}, share=0.5)

@@ -27,7 +27,8 @@ def smooth(qfn: Any, params: Any, calibration: Calibration, *args: Any, alpha: f
     the weight becomes a ``Conditioned``, and x is divided before it is quantized.
 
     Args:
-        qfn: a result of ``quantize``. params: its float parameters; what is conditioned already stays so.
+        qfn: a result of ``quantize``.
+        params: its float parameters; what is conditioned already stays so.
         calibration: a result of ``calibrate`` with these parameters; only weights in it are smoothed.
         args, kwargs: example inputs, for an abstract run that finds what may be folded.
         alpha: 0 leaves the activation as it is, 1 makes all channels equally large; 0.5 shares the difficulty.
@@ -38,7 +39,7 @@ def smooth(qfn: Any, params: Any, calibration: Calibration, *args: Any, alpha: f
     Raises:
         ValueError: packed parameters, alpha not in [0, 1], or statistics of another model.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> from teint8 import calibrate, quantize
         >>> model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 4))
@@ -79,14 +80,18 @@ def rotate(qfn: Any, params: Any, *args: Any, most: int = 1024, **kwargs: Any) -
     ``smooth`` conditioned are rotated after that, which is the most exact way to INT8 that is known here.
 
     Args:
-        qfn: a result of ``quantize``. params: its float parameters.
+        qfn: a result of ``quantize``.
+        params: its float parameters.
         args, kwargs: example inputs; for a function they are needed, and for a module whose layers are its own.
         most: the largest block.
+
+    Returns:
+        A tree of the same structure, its rotated weights ``Conditioned``.
 
     Raises:
         ValueError: packed parameters, or nothing to rotate: K has no block of 2.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> from teint8 import quantize
         >>> model = nn.Linear(8, 4)
@@ -109,15 +114,19 @@ def keep_outliers(qfn: Any, params: Any, calibration: Calibration, *, threshold:
     """Parameters of the same function, in which the largest channels of activations stay in float (LLM.int8, Dettmers et al., 2022).
 
     Args:
-        qfn: a result of ``quantize``. params: its float parameters.
+        qfn: a result of ``quantize``.
+        params: its float parameters.
         calibration: a result of ``calibrate`` with these parameters.
         threshold: a channel is kept in float whose absmax is so many times the median channel's.
         most: channels of a layer at most, the largest first: each costs a float product.
 
+    Returns:
+        A tree of the same structure; a weight with outlier channels is ``Conditioned``, others are as they were.
+
     Raises:
         ValueError: packed parameters, statistics of another model, or a threshold below 1.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> from teint8 import calibrate, quantize
         >>> model, x = nn.Linear(8, 4), torch.ones(2, 8)

@@ -17,7 +17,7 @@ def is_weight(node: Any) -> bool:
 def leaf_paths(params: Any) -> list[str]:
     """Names of the leaves of a pytree, in order: keys and indices joined by dots ("layers.0.w").
 
-    Example:
+    Examples:
         >>> leaf_paths({"layers": [{"w": 1.0}], "head": 2.0})
         ['layers.0.w', 'head']
 
@@ -30,9 +30,10 @@ def map_leaves(function: Callable[[str, Any], Any], params: Any, grouped: bool =
 
     Args:
         function: of a leaf's path and itself.
-        params: the tree. grouped: where it is a tuple of dicts it is a module's (parameters, buffers), whose names are the paths.
+        params: the tree.
+        grouped: where it is a tuple of dicts it is a module's (parameters, buffers), whose names are the paths.
 
-    Example:
+    Examples:
         >>> map_leaves(lambda path, leaf: (path, leaf), {"a": 1, "b": [2]})
         {'a': ('a', 1), 'b': [('b.0', 2)]}
 

@@ -20,7 +20,8 @@ class KeepsCodes(Route):
     """A route that keeps the codes of weights, until its context ends.
 
     Attributes:
-        training: whether it does. made: by weight, what it was and its codes; None for a weight whose codes are not kept. Made late,
+        training: whether it does.
+        made: by weight, what it was and its codes; None for a weight whose codes are not kept. Made late,
             for Dynamo traces the making of a context.
 
     """
