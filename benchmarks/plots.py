@@ -12,7 +12,7 @@ mpl.use("Agg")
 mpl.rcParams["svg.hashsalt"] = "teint8"  # the same file for the same figures
 import matplotlib.pyplot as plt  # noqa: E402
 
-FIGURES = pathlib.Path(__file__).parent.parent / "docs" / "figures"
+FIGURES = pathlib.Path(__file__).parent.parent / "docs" / "benchmarks" / "figures"
 
 
 def load(name: str) -> dict[str, Any]:
@@ -84,11 +84,37 @@ def curves(axes: Any) -> str:
     return where(found)
 
 
+def headline(axes: Any) -> str:
+    """Three works side by side, the peers in grey."""
+    mlp = {r["way"]: r["to compiled"] for r in load("mlp")["rows"] if r["tokens"] == 16384}
+    step = {r["step"]: r["to bf16 compiled"] for r in load("train_step")["rows"] if r["tokens"] == 16384}
+    one = {r["way"]: r["to bf16"] for r in load("decode")["rows"] if r["tokens"] == 1}
+    works = (
+        ("forward, 16384 tokens", mlp, ("int8 fused", "int8 module", "torchao fp8", "torchao w8a8")),
+        ("training step, 16384 tokens", step,
+         ("int8 fused", "int8 module", "torchao fp8 tensorwise", "torchao fp8 rowwise", "torchao int8")),
+        ("one token, CUDA graph", one, ("int8 fused", "int8 weights", "torchao int8 weights", "torchao fp8")),
+    )  # fmt: skip
+    figure = axes.figure
+    axes.remove()
+    for place, (title, found, ways) in zip(figure.subplots(1, 3), works, strict=True):
+        names = [w if w.startswith("torchao") else f"teint8 {w}" for w in ways]
+        colors = ["#b0b4bb" if w.startswith("torchao") else "#3f51b5" for w in ways]
+        drawn = place.barh(names[::-1], [found[w] for w in ways][::-1], color=colors[::-1])
+        place.bar_label(drawn, [f"{found[w]:.2f}x" for w in ways][::-1], fontsize=8, padding=2)
+        place.axvline(1, color="black", linewidth=0.8)
+        place.set_title(title, fontsize=9)
+        place.tick_params(labelsize=8)
+        place.set_xlim(0, 2.4)
+        place.spines[["top", "right"]].set_visible(False)
+    return f"SwiGLU MLP 4096 to 14336 to 4096, speed to compiled bf16 (the line); {where(load('train_step'))}"
+
+
 def main(folder: pathlib.Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for draw in (gemm, training, decode, curves):
-        figure, axes = plt.subplots(figsize=(8, 3.6))
-        figure.text(0.99, 0.005, draw(axes), ha="right", fontsize=5)
+    for draw in (headline, gemm, training, decode, curves):
+        figure, axes = plt.subplots(figsize=(10, 2.6) if draw is headline else (8, 3.6))
+        figure.text(0.99, 0.005, draw(axes), ha="right", fontsize=6)
         figure.tight_layout()
         figure.savefig(folder / f"{draw.__name__}.svg", metadata={"Date": None})
         plt.close(figure)

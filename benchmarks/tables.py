@@ -1,4 +1,4 @@
-"""Write the tables of docs/performance.md and of README.md from the JSON in benchmarks/results: python benchmarks/tables.py.
+"""Write the tables and figures of README.md and of the pages in docs from the JSON in benchmarks/results: python benchmarks/tables.py.
 
 Between the markers of these pages everything comes from here; tests/test_readme.py holds it to the JSON.
 """
@@ -11,11 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 from common import RESULTS
+from quoted import FIGURES, rows_of, times
 
 ROOT = pathlib.Path(__file__).parent.parent
-PAGE, README, ACCURACY = ROOT / "docs" / "performance.md", ROOT / "README.md", ROOT / "docs" / "accuracy.md"
-BEGIN, END = "<!-- tables: written by benchmarks/tables.py -->", "<!-- end of the tables -->"
-# pages in this order; a file that another version of its script wrote shows the columns it has
+PAGES = (ROOT / "README.md", *sorted(p for p in (ROOT / "docs").rglob("*.md") if "notebooks" not in p.parts))
+# in this order; a file that another version of its script wrote shows the columns it has
 NAMES = (
     "gemm",
     "quantize",
@@ -75,16 +75,6 @@ def table(name: str) -> str:
 def render() -> str:
     """All tables that have results."""
     return "\n\n".join(table(name) for name in NAMES if (RESULTS / f"{name}.json").exists())
-
-
-def rows_of(name: str) -> list[dict[str, Any]]:
-    """The rows that a benchmark wrote."""
-    rows: list[dict[str, Any]] = json.loads((RESULTS / f"{name}.json").read_text())["rows"]
-    return rows
-
-
-def times(ratio: float | None) -> str:
-    return "" if ratio is None else f"{ratio:.2f}x"
 
 
 def _gemm() -> list[list[str]]:
@@ -165,33 +155,67 @@ def _lora() -> list[list[str]]:
     return [["frozen weights", "first loss", "last", "adapters' gradient error", "MB of weights", "MB kept for the backward"], *rows]
 
 
-OF_ACCURACY: dict[str, Callable[[], list[list[str]]]] = {"accuracy": _accuracy, "rounding": _rounding, "lora": _lora}
-OF_README: dict[str, Callable[[], list[list[str]]]] = {
-    "gemm": _gemm, "inference": _inference, "decode": _decode, "training": _training, "curves": _curves, "cpu": _cpu,
-    "efficientnet": _efficientnet, "qat": _qat,
+def _compiled() -> list[list[str]]:
+    rows = [[r["work"], r["way"], times(r["to bf16 compiled"])] for r in rows_of("compile") if r["way"].startswith("int8")]
+    return [["work", "way", "to compiled bf16"], *rows]
+
+
+def _headline() -> list[list[str]]:
+    """What the README shows: the page of the benchmarks has every row."""
+    gemm = next(r for r in rows_of("gemm") if (r["M"], r["N"], r["K"]) == (8192, 8192, 8192))
+    few = rows_of("cpu_minilm")
+    best = max((r for r in few if r["threads"] == 1), key=lambda r: r["batch"] * r["tokens"])
+    f = {name: make() for name, make in FIGURES.items()}
+    return [
+        ["one H100", "teint8", "torchao INT8", "torchao FP8"],
+        ["matmul 8192 cubed, to cuBLAS bf16", times(gemm["to bf16"]), "", f"{times(gemm['to bf16'] / gemm['to fp8'])} (cuBLAS FP8)"],
+        ["SwiGLU MLP forward, 16384 tokens, to compiled bf16", f["mlp_fused"], f["mlp_torchao_w8a8"], f["mlp_torchao_fp8"]],
+        ["the same MLP, one token, CUDA graphs", f["decode_1"], f"{f['decode_1_torchao']} (weights alone)", ""],
+        ["training step, all matmuls in 8 bits, to compiled bf16", f["train_fused"], f["train_torchao_int8"], f["train_torchao_fp8"]],
+        ["its largest gradient error", f["train_error"], "", f["train_torchao_fp8_error"]],
+        ["QAT step (INT8 forward, float backward)", f["train_qat"], f["train_torchao_qat"], ""],
+        [f"MiniLM on one CPU core, {best['batch']} x {best['tokens']} tokens, to fp32", times(best["teint8 / fp32"]), "", ""],
+    ]
+
+
+TABLES: dict[str, Callable[[], list[list[str]]]] = {
+    "headline": _headline, "gemm": _gemm, "inference": _inference, "decode": _decode, "training": _training, "curves": _curves, "cpu": _cpu,
+    "efficientnet": _efficientnet, "qat": _qat, "compiled": _compiled, "accuracy": _accuracy, "rounding": _rounding, "lora": _lora,
 }  # fmt: skip
-"""The tables of README.md by the name in their markers, their first rows the heads."""
+"""The tables of pages by the name in their markers, their first rows the heads."""
+
+_TABLE = re.compile(r"<!-- (\w+) -->\n.*?<!-- end of \1 -->", re.DOTALL)
+_FIGURE = re.compile(r"<!-- f:(\w+) -->.*?<!-- / -->", re.DOTALL)
 
 
-def with_tables(text: str, tables: dict[str, Callable[[], list[list[str]]]] = OF_README) -> str:
-    """A page with the tables as they are to be."""
-    for name, make in tables.items():
-        head, *rows = ["| " + " | ".join(cells) + " |" for cells in make()]
+def _table_of(found: re.Match[str]) -> str:
+    name = found[1]
+    if name == "tables":
+        body = render()
+    else:
+        head, *rows = ["| " + " | ".join(cells) + " |" for cells in _known(TABLES, name)()]
         body = "\n".join([head, "|" + "---|" * (head.count(" | ") + 1), *rows])
-        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-        pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
-        if len(pattern.findall(text)) != 1:
-            raise ValueError(f"the page must have {begin} and {end} once")
-        text = pattern.sub(lambda _, block=f"{begin}\n\n{body}\n\n{end}": block, text)
-    return text
+    return f"<!-- {name} -->\n\n{body}\n\n<!-- end of {name} -->"
+
+
+def _figure_of(found: re.Match[str]) -> str:
+    return f"<!-- f:{found[1]} -->{_known(FIGURES, found[1])()}<!-- / -->"
+
+
+def _known(makers: dict[str, Callable[[], Any]], name: str) -> Callable[[], Any]:
+    if name not in makers:
+        raise ValueError(f"a page has a marker {name!r}, which is none of {', '.join(makers)}")
+    return makers[name]
+
+
+def rendered(text: str) -> str:
+    """A page with its tables and figures as they are to be."""
+    return _FIGURE.sub(_figure_of, _TABLE.sub(_table_of, text))
 
 
 def main() -> None:
-    before, _, rest = PAGE.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    PAGE.write_text(f"{before}{BEGIN}\n\n{render()}\n\n{END}{after}")
-    README.write_text(with_tables(README.read_text()))
-    ACCURACY.write_text(with_tables(ACCURACY.read_text(), OF_ACCURACY))
+    for page in PAGES:
+        page.write_text(rendered(page.read_text()))
 
 
 if __name__ == "__main__":

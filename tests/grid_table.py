@@ -1,4 +1,4 @@
-"""The transform grid as a table: ``python tests/grid_table.py [cpu|cuda] > docs/transforms.md``; each cell against eager mode.
+"""The transform grid as a table: ``python tests/grid_table.py [cpu|cuda] > docs/concepts/transforms.md``; each cell against eager mode.
 
 A cell is the relative error, or the error that is raised. Each column runs in a process of its own: what Dynamo raises for may leave a
 transform entered.

@@ -1,75 +1,116 @@
-"""The README's code runs."""
+"""README and docs: every block of code runs, every figure is the one that a benchmark wrote."""
 
-import json
+import importlib.util
 import pathlib
 import re
+import shlex
+import sys
+import textwrap
 
 import pytest
+import torch
 
 ROOT = pathlib.Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted(p for p in (ROOT / "docs").rglob("*.md") if "notebooks" not in p.parts)]
+_BLOCK = re.compile(r"(?:<!-- needs: (\w+) -->\n *)?^( *)```(\w*)\n(.*?)^\2```", re.DOTALL | re.MULTILINE)
 
 
-def test_every_block_runs(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def blocks(page: pathlib.Path) -> list[tuple[str, str, str]]:
+    """(package that it needs or "", language, code) of each block."""
+    return [(needs, language, textwrap.dedent(code)) for needs, _, language, code in _BLOCK.findall(page.read_text())]
+
+
+def _name(page: pathlib.Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+WITH_PYTHON = [p for p in PAGES if any(language == "python" for _, language, _ in blocks(p))]
+
+
+@pytest.mark.parametrize("page", WITH_PYTHON, ids=_name)
+def test_every_block_runs(page: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One page is one program. Blocks of other libraries run where those are installed."""
     monkeypatch.chdir(tmp_path)
-    text = (ROOT / "README.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) == 5
-    exec("\n".join(blocks), {})
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    torch.manual_seed(0)
+    names: dict[str, object] = {"__name__": "__main__"}
+    skipped = set()
+    for i, (needs, language, code) in enumerate(blocks(page)):
+        if language != "python":
+            continue
+        if needs and importlib.util.find_spec(needs) is None:
+            skipped.add(needs)
+            continue
+        exec(compile(code, f"{_name(page)}, block {i}", "exec"), names)
+    if skipped and not names.keys() - {"__name__"}:
+        pytest.skip(f"not installed: {', '.join(skipped)}")
 
 
-def test_every_block_of_the_page_about_compiled_code_runs() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/compile.md").read_text(), re.DOTALL)
-    assert len(blocks) == 1
-    exec(blocks[0], {})
+COMMANDS = {
+    "make demo": "CI's README trial; tests/test_doctor.py runs the demo itself",
+    "make test": "CI",
+    "make docs": "CI",
+    "make bench": "benchmarks are run by hand, for publication",
+    "pip install -e .": "make test",
+    "pip install -e '.[notebooks]'": "make test",
+    ".venv/bin/python -m pip install -e '.[bench]'": "pyproject.toml has it, as the test below holds",
+    "python -m teint8 doctor": "tests/test_doctor.py",
+}
+"""Commands of a shell, and where each is run."""
 
 
-def test_every_block_of_the_page_about_accuracy_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/accuracy.md").read_text(), re.DOTALL)
-    assert len(blocks) == 2
-    exec("\n".join(blocks), {})
-    plain, ready, static, better = (float(word) for word in capsys.readouterr().out.split() if re.fullmatch(r"0\.\d+", word))
-    assert better < ready < 0.5 * plain and static < plain
+def test_every_command_is_run_somewhere() -> None:
+    for page in PAGES:
+        for _, language, code in blocks(page):
+            assert language in ("python", "bash", "text"), f"{_name(page)}: a block of {language or 'no language'}"
+            for line in code.splitlines() if language == "bash" else ():
+                command = shlex.split(line, comments=True)
+                if not command or line.partition("#")[0].strip() in COMMANDS:
+                    continue
+                script = next((part for part in command if part.endswith(".py")), None)
+                if script is not None:
+                    assert (ROOT / script).exists(), f"{_name(page)}: {line}"
+                else:  # a command of teint8 with its arguments
+                    assert command[1:3] == ["-m", "teint8"], f"{_name(page)}: who runs {line!r}?"
+                    assert command[3] in (ROOT / "teint8/__main__.py").read_text()
 
 
-def test_every_figure_is_the_one_that_a_benchmark_wrote(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_table_and_figure_is_the_one_that_a_benchmark_wrote(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    from tables import OF_ACCURACY, rows_of, with_tables
+    from tables import PAGES as WRITTEN
+    from tables import rendered
 
-    text = (ROOT / "README.md").read_text()
-    assert with_tables(text) == text  # python benchmarks/tables.py writes the tables
-    page = (ROOT / "docs/accuracy.md").read_text()
-    assert with_tables(page, OF_ACCURACY) == page
-    wanted = [f"{r['work']}, {r['way']} {r['to bf16 compiled']:.2f}x" for r in rows_of("block") if r["way"] in ("module", "fused")]
-    above = {r["call"]: r["above F.linear"] for r in rows_of("overhead")}
-    wanted.append(f"{above['ops.linear, packed']:.0f} us more than `F.linear`")
-    wanted.append(f"{above['F.linear in a context']:.0f} us in a context")
-    means = json.loads((ROOT / "benchmarks/results/conv.json").read_text())["means"]
-    wanted.append(f"{means['to cudnn']:.2f}x of cuDNN's bf16; with the quantization of a bf16 input inside "
-                  f"{means['with quantization, to cudnn']:.2f}x")  # fmt: skip
-    norms = {(r["norm"], r["way"]): r for r in rows_of("norm_linear")}
-    layer, rms = (norms[kind, "INT8 fused"] for kind in ("layer", "rms"))
-    wanted.append(f"{layer['to the pair']:.2f}x (LayerNorm) and {rms['to the pair']:.2f}x (RMSNorm)")
-    wanted.append(f"{layer['to bf16']:.2f}x and {rms['to bf16']:.2f}x of bf16")
-    share = {r["what"]: r["to bf16"] for r in rows_of("memory")}
-    wanted.append(f"take {share['weights, bf16 to packed']:.2f} of bf16's bytes")
-    peak = {r["what"]: r["MB"] for r in rows_of("memory")}
-    wanted.append(f"INT8 training step is {share['peak of a step, int8 fused']:.2f} of eager")
-    wanted.append(f"{peak['peak of a step, int8 fused'] / peak['peak of a step, bf16 compiled']:.2f} of compiled bf16's")
-    cosine = {(r["method"], r["activation"]): r["mean"] for r in rows_of("accuracy_minilm")}
-    wanted.append(f"mean cosine {cosine['plain', 'static, absmax']:.3f} plain, {cosine['smooth, rotate', 'static, mse']:.4f} so")
-    ratio = {(r["method"], r["activation"]): r["perplexity"] for r in rows_of("accuracy_smollm2")}
-    wanted.append(f"perplexity {ratio['plain', 'static, absmax']:.2f}x of float's")
-    wanted.append(f"as they are, {ratio['smooth, rotate', 'static, mse']:.3f}x so")
-    text = " ".join(text.split())
-    assert [line for line in wanted if line not in text] == []
-    ratios = [r["to floats"] for r in rows_of("compile_times") if r["compiled"] != "floats"]
-    speed = next(r["to int8 eager"] for r in rows_of("cpu_compile") if r["way"] == "int8 compiled")
-    page = (ROOT / "docs/compile.md").read_text()
-    assert f"{min(ratios):.2f} to {max(ratios):.2f} times" in page and f"{speed:.2f} times as fast" in page
+    assert set(WRITTEN) == set(PAGES)
+    for page in PAGES:
+        assert rendered(page.read_text()) == page.read_text(), f"{_name(page)}: python benchmarks/tables.py"
 
 
-def test_the_tables_of_the_docs_are_those_of_the_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import tables
+_FIGURE = re.compile(r"\b\d+\.\d+ ?(?:x\b|%|us\b|ms\b|times\b)|\b0\.\d{2,}\b|\b\d+%")
+EXPLAINED = {
+    "docs/concepts/design.md": "what was tried, and what it did",
+    "docs/concepts/numerics.md": "bounds, each with the test that holds it",
+    "docs/concepts/transforms.md": "written by tests/grid_table.py",
+}
+"""Pages with figures of their own, and where those come from."""
+STATED = {"0.18.0", "0.50.2"}  # versions
 
-    assert f"{tables.BEGIN}\n\n{tables.render()}\n\n{tables.END}" in tables.PAGE.read_text()
+
+def loose_figures(text: str) -> list[str]:
+    """Figures in prose that no script puts there."""
+    text = re.sub(r"<!-- (\w+) -->\n.*?<!-- end of \1 -->|```.*?```|<!-- f:\w+ -->.*?<!-- / -->|`[^`\n]*`", "", text, flags=re.DOTALL)
+    return [found[0] for found in _FIGURE.finditer(text) if not any(v.startswith(found[0]) for v in STATED)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_name)
+def test_no_figure_was_typed_in(page: pathlib.Path) -> None:
+    if _name(page) not in EXPLAINED:
+        assert loose_figures(page.read_text()) == []
+
+
+def test_no_line_begins_with_a_figure() -> None:
+    """Markdown would begin a block of HTML there."""
+    assert [_name(page) for page in PAGES if re.search(r"^ *<!-- f:", page.read_text(), re.MULTILINE)] == []
+
+
+def test_the_check_sees_a_figure_that_was_typed_in() -> None:
+    assert loose_figures("takes 1.80x the speed, <!-- f:a -->2.00x<!-- / -->, 13% and 0.98") == ["1.80x", "13%", "0.98"]

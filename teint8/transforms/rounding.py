@@ -144,7 +144,7 @@ def adaround(qfn: Any, params: Any, moments: Moments, *args: Any, sweeps: int = 
         >>> qfn, params = quantize(model), dict(model.named_parameters())
         >>> better = adaround(qfn, params, second_moments(qfn, params, [x], progress=False), progress=False)["weight"]
         >>> error = lambda q: float((x @ (q.dequantize() - model.weight.detach()).t()).norm())
-        >>> error(better) < 0.8 * error(QTensor.quantize(model.weight))
+        >>> error(better) < 0.8 * error(QTensor.quantize(model.weight.detach()))
         True
 
     """

@@ -273,6 +273,6 @@ def _traces(work: _Work, args: Any, kwargs: Any) -> Iterator[tuple[str, float]]:
         signs = {path: (torch.randint(2, w.shape, generator=generator) * 2 - 1).to(w) for path, w in weights.items()}
         products = torch.func.jvp(torch.func.grad(at), (weights,), (signs,))[1]
         for path in weights:
-            traces[path] += float((signs[path] * products[path]).sum()) / _PROBES
+            traces[path] += float((signs[path] * products[path]).sum().detach()) / _PROBES
     for path, (w, error) in errors.items():
         yield path, max(traces[path], 0.0) / w.numel() * float(error.square().sum())

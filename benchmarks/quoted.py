@@ -1,0 +1,100 @@
+"""The figures that pages quote within a sentence: each is looked up in the JSON that its benchmark wrote.
+
+A page writes ``<!-- f:NAME -->1.80x<!-- / -->``; ``tables.py`` puts the figure there, and tests/test_readme.py holds it to the JSON.
+"""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from common import RESULTS
+
+
+def rows_of(name: str) -> list[dict[str, Any]]:
+    """The rows that a benchmark wrote."""
+    rows: list[dict[str, Any]] = json.loads((RESULTS / f"{name}.json").read_text())["rows"]
+    return rows
+
+
+def times(ratio: float | None, digits: int = 2) -> str:
+    """A ratio of times."""
+    return "" if ratio is None else f"{ratio:.{digits}f}x"
+
+
+def _value(name: str, column: str, **wanted: Any) -> float:
+    """The one value of a column in the row with these values."""
+    found = [r[column] for r in rows_of(name) if all(r[k.replace("_", " ")] == v for k, v in wanted.items())]
+    if len(found) != 1:
+        raise ValueError(f"{name}: {len(found)} rows with {wanted}; one is needed")
+    return float(found[0])
+
+
+def _step(step: str, column: str = "to bf16 compiled") -> float:
+    return _value("train_step", column, tokens=16384, step=step)
+
+
+def _means(column: str) -> float:
+    return float(json.loads((RESULTS / "conv.json").read_text())["means"][column])
+
+
+def _linear_of_4096() -> float:
+    return _value("linear", "to bf16", tokens=4096, way="int8 module", out=14336)
+
+
+def _range(name: str, column: str, digits: int = 2, **wanted: Any) -> str:
+    values = [r[column] for r in rows_of(name) if all(r[k] == v for k, v in wanted.items())]
+    return f"{min(values):.{digits}f} to {max(values):.{digits}f}"
+
+
+def _above(call: str) -> str:
+    return f"{_value('overhead', 'above F.linear', call=call):.0f} us"
+
+
+def _percent_lost(recipe: str) -> str:
+    return f"{100 * (_value('gpt', 'final to bf16', recipe=recipe) - 1):.1f}%"
+
+
+FIGURES: dict[str, Callable[[], str]] = {
+    "train_fused": lambda: times(_step("int8 fused")),
+    "train_module": lambda: times(_step("int8 module")),
+    "train_error": lambda: f"{_step('int8 fused', 'gradient error'):.3f}",
+    "train_qat": lambda: times(_step("qat fused")),
+    "train_switchback": lambda: times(_step("switchback fused")),
+    "train_torchao_int8": lambda: times(_step("torchao int8")),
+    "train_torchao_qat": lambda: times(_step("torchao qat")),
+    "train_torchao_fp8": lambda: times(_step("torchao fp8 tensorwise")),
+    "train_torchao_fp8_error": lambda: f"{_step('torchao fp8 tensorwise', 'gradient error'):.3f}",
+    "linear_4096": lambda: times(_linear_of_4096()),
+    "mlp_fused": lambda: times(_value("mlp", "to compiled", tokens=16384, way="int8 fused")),
+    "mlp_torchao_w8a8": lambda: times(_value("mlp", "to compiled", tokens=16384, way="torchao w8a8")),
+    "mlp_torchao_fp8": lambda: times(_value("mlp", "to compiled", tokens=16384, way="torchao fp8")),
+    "decode_1": lambda: times(_value("decode", "to bf16", tokens=1, way="int8 fused")),
+    "decode_1_weights": lambda: times(_value("decode", "to bf16", tokens=1, way="int8 weights")),
+    "decode_1_torchao": lambda: times(_value("decode", "to bf16", tokens=1, way="torchao int8 weights")),
+    "weights": lambda: f"{_value('memory', 'to bf16', what='weights, bf16 to packed'):.2f}",
+    "peak": lambda: f"{_value('memory', 'to bf16', what='peak of a step, int8 fused'):.2f}",
+    "conv": lambda: times(_means("to cudnn")),
+    "conv_quantized": lambda: times(_means("with quantization, to cudnn")),
+    "norm_layer": lambda: times(_value("norm_linear", "to the pair", norm="layer", way="INT8 fused")),
+    "norm_rms": lambda: times(_value("norm_linear", "to the pair", norm="rms", way="INT8 fused")),
+    "above_context": lambda: _above("F.linear in a context"),
+    "above_module": lambda: _above("nn.Linear in a context"),
+    "above_packed": lambda: _above("ops.linear, packed"),
+    "nearest": lambda: _percent_lost("int8 nearest"),
+    "stochastic": lambda: _percent_lost("int8 stochastic"),
+    "minilm_plain": lambda: f"{_value('accuracy_minilm', 'mean', method='plain', activation='static, absmax'):.3f}",
+    "minilm_token": lambda: f"{_value('accuracy_minilm', 'mean', method='plain', activation='a scale a token'):.4f}",
+    "minilm_best": lambda: f"{_value('accuracy_minilm', 'mean', method='smooth, rotate', activation='static, mse'):.4f}",
+    "smollm_plain": lambda: times(_value("accuracy_smollm2", "perplexity", method="plain", activation="static, absmax")),
+    "smollm_best": lambda: times(_value("accuracy_smollm2", "perplexity", method="smooth, rotate", activation="static, mse"), 3),
+    "smollm_token": lambda: times(_value("accuracy_smollm2", "perplexity", method="rotate", activation="a scale a token"), 3),
+    "compile_times": lambda: f"{_compile_times()} times",
+    "cpu_compile": lambda: f"{_value('cpu_compile', 'to int8 eager', way='int8 compiled'):.2f} times",
+    "attention_speed": lambda: f"{_range('attention', 'whole, to sdpa')} times",
+    "attention_error": lambda: _range("attention", "error", 3),
+}
+
+
+def _compile_times() -> str:
+    ratios = [r["to floats"] for r in rows_of("compile_times") if r["compiled"] != "floats"]
+    return f"{min(ratios):.2f} to {max(ratios):.2f}"
