@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, example, given, settings
 from teint8 import numerics, ops
 from teint8.ops import registry
 
-CPU = ("cpu-c", "cpu-amx", "cpu-vnni", "cpu-onednn-c", "cpu-onednn", "cpu-exact-float")
+CPU = ("cpu-c", "cpu-amx", "cpu-vnni", "cpu-avx2", "cpu-onednn-c", "cpu-onednn", "cpu-exact-float")
 SETTINGS = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 
 

@@ -62,6 +62,7 @@ def test_fused_linear_over_many_chunks(dtype: torch.dtype, device: str, monkeypa
         assert different(implementation.run(x, wq, ws, bias, dtype), want) == 0, implementation.name
     assert ran or (device == "cpu" and cpu_rows.why_not() is not None)
     assert device != "cpu" or not cpu_rows.has_vnni() or "cpu-vnni" in [i.name for i in ran]
+    assert device != "cpu" or not cpu_rows.has_avx2() or "cpu-avx2" in [i.name for i in ran]
 
 
 def test_threads_have_scratch_of_their_own() -> None:

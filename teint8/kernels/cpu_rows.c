@@ -1,4 +1,4 @@
-/* INT8 on the CPU: row quantization, the epilogue of a matmul, and, where the CPU has AMX or AVX-512 VNNI, the matmul with its epilogue.
+/* INT8 on the CPU: row quantization, the epilogue of a matmul, and, where the CPU has AMX, AVX-512 VNNI or AVX2, the matmul with its epilogue.
  *
  * Compile with -ffp-contract=off: a contracted multiply-add rounds once where the contract rounds twice.
  * The low byte of (v + 1.5 * 2^23) is rint(v), ties to even, for |v| <= 127: cheaper than a conversion. */
@@ -109,10 +109,12 @@ EPILOGUE(f16)
 
 #include "cpu_conv.h"
 
-#ifdef __AVX512BW__
+#ifdef __AVX2__
 #include <immintrin.h>
 #include <omp.h>
+#endif
 
+#ifdef __AVX512BW__
 /* 32 channels of w (n, k), from channel c, as two panels of 16: 64 bytes hold four consecutive k of each channel, as tiles and
  * VNNI want them; zeros past the edges. Transposed anew in each call: a second copy of the weights would cost more than it saves. */
 static inline void pack(const int8_t *w, int64_t c, int64_t n, int64_t k, int8_t *panels, int64_t kp)
@@ -151,6 +153,7 @@ static inline void pack(const int8_t *w, int64_t c, int64_t n, int64_t k, int8_t
         }
     }
 }
+#endif
 
 /* y (m, n) from x (m, k), or where x is NULL from codes of it (row stride ldx) and their scales. Else scales (m) are written. codes (m
  * rounded up to a block's rows, kp) is scratch, and so are panels, 64 * kp aligned bytes a thread.
@@ -200,6 +203,9 @@ static inline void pack(const int8_t *w, int64_t c, int64_t n, int64_t k, int8_t
             ISA##_end();                                                                                                   \
         }                                                                                                                  \
     }
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+#include "cpu_avx2.h"
 #endif
 
 #ifdef __AVX512VNNI__

@@ -17,7 +17,7 @@ from torch import Tensor
 
 DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
-BLOCK_ROWS = {"amx": 32, "vnni": 12}
+BLOCK_ROWS = {"amx": 32, "vnni": 12, "avx2": 2}
 """Rows of codes that the matmul reads at a time, by instruction set."""
 
 _SOURCE = pathlib.Path(__file__).with_suffix(".c")
@@ -47,6 +47,11 @@ def has_vnni() -> bool:
     return why_not() is None and hasattr(_load(), "vnni_linear_f32")
 
 
+def has_avx2() -> bool:
+    """Whether the CPU has AVX2 and no AVX-512."""
+    return why_not() is None and hasattr(_load(), "avx2_linear_f32")
+
+
 def quantize(x: Tensor, codes: Tensor, scales: Tensor, seed: Tensor | None, scale: Tensor | None) -> None:
     """Fill codes (M, K) and scales (M,) from x (M, K), whose rows are contiguous; seed (S,) and scale (M,) as in the registry."""
     m, k = x.shape
@@ -72,7 +77,7 @@ def linear(
     """Fill y (M, N) from x (M, K): floats, whose scales are written, or int8 codes, whose scales are given.
 
     Args:
-        isa: "amx" or "vnni".
+        isa: "amx", "vnni" or "avx2".
         x: rows contiguous, in the dtype of y or int8.
         codes: scratch, int8 (M rounded up to ``BLOCK_ROWS``, K rounded up to 64).
         scales: float32 (M,).
@@ -198,7 +203,7 @@ def _load() -> ctypes.CDLL | str:
 
 
 def _build(compiler: str) -> pathlib.Path | str:
-    source = _SOURCE.read_bytes() + _SOURCE.with_name("cpu_conv.h").read_bytes()
+    source = b"".join(_SOURCE.with_name(name).read_bytes() for name in (_SOURCE.name, "cpu_conv.h", "cpu_avx2.h"))
     key = hashlib.sha256(source + repr((compiler, _FLAGS, platform.machine(), _cpu())).encode()).hexdigest()[:16]
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")) / "teint8"
     library = cache / f"cpu_rows-{key}.so"

@@ -1,4 +1,4 @@
-"""CPU implementations: AMX tiles, AVX-512 VNNI, oneDNN; rows and epilogues in C where a compiler is at hand, else in torch."""
+"""CPU implementations: AMX tiles, AVX-512 VNNI, AVX2, oneDNN; rows and epilogues in C where a compiler is at hand, else in torch."""
 
 import sys
 import threading
@@ -204,6 +204,11 @@ def _vnni_why_not(problem: Problem) -> str | None:
     return reason or (None if cpu_rows.has_vnni() else "the CPU has no AVX-512 VNNI")
 
 
+def _avx2_why_not(problem: Problem) -> str | None:
+    reason = _mm_c_why_not(problem)
+    return reason or (None if cpu_rows.has_avx2() else "the CPU has no AVX2, or AVX-512, which oneDNN uses")
+
+
 def _mm_c_why_not(problem: Problem) -> str | None:
     if problem.dtype not in cpu_rows.DTYPES:
         return f"it has no {problem.dtype}"
@@ -239,7 +244,7 @@ def _float_why_not(problem: Problem) -> str | None:
 
 def register_all() -> None:
     """Register the CPU's implementations."""
-    for isa, priority, why_not in (("amx", 30, _amx_why_not), ("vnni", 25, _vnni_why_not)):
+    for isa, priority, why_not in (("amx", 30, _amx_why_not), ("vnni", 25, _vnni_why_not), ("avx2", 22, _avx2_why_not)):
         register("linear", f"cpu-{isa}", _linear_on(isa), device="cpu", priority=priority, why_not=why_not)
         register("int8_mm", f"cpu-{isa}", _mm_on(isa), device="cpu", priority=priority, why_not=why_not, flat=True)
     register("linear", "cpu-onednn-c", _linear_c, device="cpu", priority=20, why_not=_mm_c_why_not)
