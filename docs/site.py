@@ -9,9 +9,11 @@ import teint8
 
 GROUPS = {
     "Transforms": ("quantize", "pack", "unpack", "explain", "compare", "te_int8_autocast"),
-    "Data": ("Policy", "Rule", "Quant", "QTensor", "Conditioned", "Receipt", "Record", "Comparison", "Statistics", "Learned", "PackedFile"),
+    "Data": ("Policy", "Rule", "Quant", "QTensor", "Conditioned", "Receipt", "Record", "Comparison", "Statistics", "Learned",
+             "PackedFile"),
     "Calibration": ("calibrate", "merge", "scales", "with_scales", "delayed", "learned_scales", "lsq", "pack_learned"),
-    "Outliers and rounding": ("smooth", "rotate", "keep_outliers", "awq", "second_moments", "gptq", "adaround", "correct_bias", "fold_batchnorm"),
+    "Outliers and rounding": ("smooth", "rotate", "keep_outliers", "awq", "second_moments", "gptq", "adaround", "correct_bias",
+                              "fold_batchnorm"),
     "Which layers": ("sensitivity", "search"),
     "Files": ("save_packed", "load_packed", "save_compressed_tensors", "load_compressed_tensors", "from_torchao"),
 }  # fmt: skip

@@ -233,6 +233,26 @@ def test_static_scales_of_float_weights(device: str) -> None:
     assert different(compiled(ready, x), qfn(ready, x)) == 0
 
 
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_static_scales_of_convolutions(kernel: int, device: str) -> None:
+    """As of linears: training by a static scale has the bits of serving, and what is clipped gets no gradient."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(3, 8, kernel)).to(device), torch.randn(4, 3, 9, 9, device=device)
+    qfn, params = teint8.quantize(model, STATIC), dict(model.named_parameters())
+    static = teint8.scales(teint8.calibrate(qfn, params, [x], progress=False), "percentile", percentile=95.0)
+    ready = teint8.with_scales(params, static)
+    want = teint8.quantize(model, Policy([Rule(activation=Quant(scale="static"), compute="simulate")]))(ready, x)
+    assert different(qfn(ready, x), want) == 0 == different(qfn(teint8.pack(qfn, ready), x), want)
+    assert different(qfn(teint8.with_scales(teint8.pack(qfn, params), static), x), want) == 0
+    gradient = torch.func.grad(lambda x: qfn(ready, x).sum())(x)
+    inside = x.abs() < float(static["0.weight"]) * 127 * 0.99
+    assert bool((gradient[inside] != 0).all()) and bool((gradient[x.abs() > float(static["0.weight"]) * 127 * 1.01] == 0).all())
+    compiled = torch.compile(lambda p, x: qfn(p, x), fullgraph=True)
+    assert different(compiled(ready, x), want) == 0
+    (record,) = teint8.explain(qfn, ready, x)
+    assert record.int8 and record.saturated == pytest.approx(0.05, abs=0.01)
+
+
 def test_static_scales_where_a_weight_is_tied(device: str) -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:

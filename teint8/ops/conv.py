@@ -9,7 +9,7 @@ from torch import Tensor
 
 from teint8.ops.conv_function import convolve, is_channels_last, weight_only
 from teint8.ops.conv_layout import Codes, Shape, activation_codes, contracted, kernel_codes, kernel_rows
-from teint8.ops.linear import linear
+from teint8.ops.linear import linear, static_scale
 from teint8.ops.registry import Problem
 from teint8.ops.shared import Shared
 from teint8.qtensor import QTensor
@@ -29,6 +29,7 @@ def conv(
     weight_granularity: str = "row",
     activation: str | None = "row",
     static: bool = False,
+    activation_scale: Tensor | None = None,
     gradient: str | None = None,
     wgrad: str = "int8",
     impl: str = "",
@@ -52,7 +53,8 @@ def conv(
         weight_granularity: "row" for a scale for each output channel, "tensor" for one in all, for a float weight.
         activation: "row" for a scale for each sample and group (each pixel where the kernel is one), "tensor" for one in all, None for
             a float activation (W8A16).
-        static: take the activation's scale from ``weight.activation_scale`` (a QTensor's).
+        static: take the activation's scale from ``weight.activation_scale`` (a QTensor's), or from ``activation_scale``.
+        activation_scale: float32, one number, for a float weight.
         gradient: None for a float backward, "nearest" or "stochastic" for an INT8 one.
         wgrad: "int8" or "float" for dW, where gradient is given.
         impl: name of an implementation, "reference" for plain torch; "" for the best.
@@ -85,7 +87,8 @@ def conv(
         flat: Any = w.flatten(1) if packed is None else _flat(packed)
         y = linear(
             _strided(x, shape.stride).movedim(1, -1), flat, bias, impl=impl, dtype=dtype,
-            weight_granularity=weight_granularity, activation=activation, static=static, gradient=gradient, wgrad=wgrad,
+            weight_granularity=weight_granularity, activation=activation, static=static, activation_scale=activation_scale,
+            gradient=gradient, wgrad=wgrad,
         ).movedim(-1, 1)  # fmt: skip
         return y if is_channels_last(x) else y.contiguous()
     if packed is not None:
@@ -94,7 +97,7 @@ def conv(
         codes = weight_codes or kernel_codes(w, weight_granularity, transposed, groups, impl)
     if activation is None:
         return weight_only(x, w, bias, codes, tuple(shape), weight.dtype, dtype)  # type: ignore[no-any-return]
-    scale = _static_scale(packed) if static else None
+    scale = static_scale("conv", packed, activation_scale) if static else None
     x_codes = None
     if shared is not None and activation == "row" and scale is None:
         x_codes = shared.codes(x, ("conv", groups, impl), lambda: activation_codes(x, "row", None, groups, impl))
@@ -105,14 +108,6 @@ def conv(
 def _flat(packed: QTensor) -> QTensor:
     """The weight of a kernel of one pixel, as a linear's."""
     return QTensor(packed.codes.flatten(1), packed.scale.flatten(1), packed.activation_scale, packed.dtype)
-
-
-def _static_scale(packed: QTensor | None) -> Tensor:
-    if packed is None or packed.activation_scale is None:
-        raise ValueError(
-            "conv: a static activation needs its scale in the weight: pack it, then QTensor.with_activation_scale(absmax / 127)"
-        )
-    return packed.activation_scale
 
 
 def _is_pointwise(kernel: Sequence[int], shape: Shape) -> bool:

@@ -146,7 +146,7 @@ def linear(
             x, weight, bias, weight_granularity, activation, gradient, gradient_granularity, wgrad, impl, dtype, weight_codes
         )
     packed = weight if isinstance(weight, QTensor) else None
-    scale = _activation_scale(packed, activation_scale) if static else None
+    scale = static_scale("linear", packed, activation_scale) if static else None
     if packed is None:
         w = weight
         _check(x, w, w.dtype, bias, dtype)  # type: ignore[union-attr,arg-type]
@@ -185,13 +185,14 @@ def _by_block(
     return block_linear(x, weight, bias, weight_granularity, activation, how, wgrad, impl, dtype or x.dtype, weight_codes)
 
 
-def _activation_scale(weight: QTensor | None, given: Tensor | None) -> Tensor:
+def static_scale(op: str, weight: QTensor | None, given: Tensor | None) -> Tensor:
+    """The static scale of an activation: of a packed weight its own, of a float one that which is given."""
     if weight is None and given is not None:
         return given.detach()
     if weight is None or weight.activation_scale is None:
         held = "a float weight" if weight is None else repr(weight)
         raise ValueError(
-            f"linear: the activation's scale is static, but there is none: {held} was given. "
+            f"{op}: the activation's scale is static, but there is none: {held} was given. "
             "Give it one with teint8.with_scales(params, scales) or QTensor.with_activation_scale, or use Quant(scale='dynamic')."
         )
     return weight.activation_scale

@@ -12,12 +12,17 @@ from tqdm import tqdm
 from teint8.conditioning import Conditioned
 from teint8.policy import Policy, Rule
 from teint8.qtensor import QTensor, check_scale
+from teint8.transforms.convolutions import Convolution
+from teint8.transforms.operands import Operand
 from teint8.transforms.pack import is_packed
 from teint8.transforms.quantize import BoundRoute, quantized, run
 from teint8.transforms.trees import is_grouped, map_leaves, weights_of
 
 BINS = 255 * 128
 """Bins of the histogram: 128 an octave of |x|, by the bits of float32, of all finite numbers: those of all machines are the same."""
+
+OF_CONVOLUTION = -3
+"""``Statistics.axis`` of what meets the weight of a convolution: its channels are those of the image."""
 
 METHODS = ("absmax", "average", "percentile", "mse", "entropy")
 
@@ -32,7 +37,8 @@ class Statistics(NamedTuple):
         tokens: int64 (), rows seen.
         moving: float32 (), the moving average of the batches' absmax (0.9 of the old).
         batches: int64 ().
-        axis: int64 (), the dimension of the weight that meets the channels: -1 as in nn.Linear, -2 in ``x @ w``; 0 where both occur.
+        axis: int64 (), the dimension of the weight that meets the channels: -1 as in nn.Linear, -2 in ``x @ w``; -3 of a
+            convolution; 0 where several occur.
 
     Examples:
         >>> from teint8 import quantize
@@ -260,7 +266,7 @@ def look_at(route: "Looks", qfn: Any, params: Any, batches: Iterable[Any], name:
             run(qfn, route, params, args, kwargs)
     route.start()
     if not route.seen:
-        raise ValueError(f"{name}: no linear or matmul by a weight is quantized by {qfn.policy!r}; there is nothing to look at")
+        raise ValueError(f"{name}: no product by a weight is quantized by {qfn.policy!r}; there is nothing to look at")
 
 
 def refuse_packed(params: Any, name: str) -> None:
@@ -337,6 +343,14 @@ class _Looking(Looks):
                 raise ValueError(f"calibrate: {path} meets {found}; are the statistics of another model?")
             self.stats[path] = _added(old, new)._replace(moving=old.moving.to(new.moving.device) * 0.9 + new.moving * 0.1)
         self._batch = {}
+
+    def convolve(self, call: Convolution, weight: Operand, float_call: Callable[[], Any]) -> Any:
+        rule = self.rules.match(weight.path, "conv")
+        if weight.path and rule is not None and rule.weight is not None:
+            seen = Seen(weight.path, OF_CONVOLUTION, rule)
+            self.seen.setdefault(weight.path, seen)
+            self.look(seen, call.x.detach().movedim(-1 - call.dims, -1))
+        return super().convolve(call, weight, float_call)
 
     def look(self, seen: Seen, x: Tensor) -> None:
         a = x.reshape(-1, x.shape[-1]).abs().float()

@@ -271,7 +271,7 @@ class Route(Recording, TorchFunctionMode):
         if weight.conditioning is not None:
             if weight.conditioning.changes_basis:
                 raise ValueError(f"{weight.path} is {weight.conditioning!r}, which is for linears; this call is a convolution")
-            weight = weight._replace(conditioning=None)
+            weight = weight._replace(static=weight.conditioning.activation_scale, conditioning=None)
         x = self.plain(call.x)
         path = self.path(weight)
         rule = self.rule(path, "conv")
@@ -304,12 +304,13 @@ class Route(Recording, TorchFunctionMode):
             bias,
             **call.how,
             **self._how(rule, x, impl),
+            activation_scale=weight.static,
             weight_codes=self.kernel_codes(weight, rule, call),
         )
         if fields is not None:
-            seen = None if rule.activation is None or rule.activation.scale == "static" else batched.movedim(1, -1)
-            whole = 1 if op == "int8_mm" else batched.ndim - 1
-            self.measure(fields, y, lambda: float_call().reshape(y.shape), seen, whole, None)
+            seen, (together, scale) = activation_of(batched.movedim(1, -1), rule, weight)
+            together = together if op == "int8_mm" or scale is not None else batched.ndim - 1
+            self.measure(fields, y, lambda: float_call().reshape(y.shape), seen, together, scale)
         return y if batched is x else y.squeeze(0)
 
     def _how(self, rule: Rule, x: Tensor, impl: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from teint8 import _torch
 from teint8.conditioning import Conditioned, largest_block, power_of_two
 from teint8.policy import Policy
-from teint8.transforms.calibrate import Calibration, refuse_packed
+from teint8.transforms.calibrate import OF_CONVOLUTION, Calibration, refuse_packed
 from teint8.transforms.pack import uses_of
 from teint8.transforms.quantize import BoundRoute, looks, of_module, run
 from teint8.transforms.trees import map_leaves, weights_of
@@ -166,7 +166,7 @@ def _conditionable(qfn: Any, params: Any, calibration: Calibration, name: str) -
     foreign = sorted(set(calibration) - set(leaves))
     if foreign:
         raise ValueError(f"{name}: calibration is of {foreign[0]!r}, which params do not have; is it of another model?")
-    found = {path: leaves[path] for path in calibration}
+    found = {path: leaves[path] for path, stats in calibration.items() if int(stats.axis) != OF_CONVOLUTION}
     for path, leaf in found.items():
         if leaf.ndim != 2 or calibration[path].channels.numel() not in leaf.shape:
             width = calibration[path].channels.numel()
