@@ -19,7 +19,7 @@ lint: $(VENV)/.dev
 	$(VENV)/bin/lint-imports
 
 docs: $(VENV)/.docs
-	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(VENV)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 	$(VENV)/bin/linkchecker --config docs/linkchecker.ini build/site/index.html
 
 bench: $(VENV)/.test

@@ -180,7 +180,8 @@ def _headline() -> list[list[str]]:
 
 TABLES: dict[str, Callable[[], list[list[str]]]] = {
     "headline": _headline, "gemm": _gemm, "inference": _inference, "decode": _decode, "training": _training, "curves": _curves,
-    "cpu": _cpu, "efficientnet": _efficientnet, "qat": _qat, "compiled": _compiled, "accuracy": _accuracy, "rounding": _rounding, "lora": _lora,
+    "cpu": _cpu, "efficientnet": _efficientnet, "qat": _qat, "compiled": _compiled, "accuracy": _accuracy, "rounding": _rounding,
+    "lora": _lora,
 }  # fmt: skip
 """The tables of pages by the name in their markers, their first rows the heads."""
 
