@@ -1,6 +1,7 @@
 """What MkDocs asks while it builds the site: a page for every public name, made of its docstring, and the nav that lists them."""
 
 import inspect
+import re
 from typing import Any
 
 from mkdocs.structure.files import File, Files
@@ -72,3 +73,13 @@ def on_files(files: Files, config: Any) -> Files:
     for path, text in made.items():
         files.append(File.generated(config, path, content=text))
     return files
+
+
+_LINK = re.compile(r'href="([\w./-]+)\.(?:ipynb|md)"')
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
+    """Links of a notebook are written for the repository; on the site they lead to pages."""
+    if not page.file.src_uri.endswith(".ipynb"):
+        return html
+    return _LINK.sub(lambda found: f'href="{found[1].replace("../docs/", "../").replace("README", "index")}.html"', html)
