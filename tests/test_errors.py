@@ -7,6 +7,7 @@ from torch import nn
 import teint8
 from teint8 import Policy, QTensor, Quant, Rule, ops, te_int8_autocast
 from teint8.ops import registry
+from teint8.transforms import files
 from teint8.transforms.attention import multi_head_attention_forward
 
 MODEL = nn.Sequential(nn.Linear(24, 32), nn.ReLU(), nn.Linear(32, 10))
@@ -23,6 +24,16 @@ def _strict(policy: Policy, model: nn.Module = MODEL, x: torch.Tensor = X) -> No
         model(x)
 
 
+def _meta() -> None:
+    with torch.device("meta"):
+        skeleton = nn.Sequential(nn.Linear(24, 32), nn.BatchNorm1d(32)).eval()
+    made = nn.Sequential(nn.Linear(24, 32), nn.BatchNorm1d(32)).eval()
+    params, buffers = dict(made.named_parameters()), dict(made.named_buffers())
+    qfn = teint8.quantize(skeleton)
+    assert torch.equal(qfn((params, buffers), X), teint8.quantize(made)(params, X))
+    qfn(params, X)
+
+
 def _swapped() -> dict[str, object]:
     return {**PACKED, "0.weight": PACKED["2.weight"]}
 
@@ -31,6 +42,11 @@ CASES = {
     "x of the wrong width": (lambda: ops.linear(torch.randn(5, 23), W), ValueError, r"\(5, 23\).*\(7, 24\)"),
     "x of integers": (lambda: ops.linear(torch.ones(5, 24, dtype=torch.int64), W), TypeError, r"int64.*x\.float\(\)"),
     "two float dtypes": (lambda: ops.linear(X.bfloat16(), W), TypeError, r"bfloat16.*float32.*torch\.autocast"),
+    "a buffer without values": (_meta, ValueError, r"buffers '1.running_mean'.*meta.*\(params, buffers\)"),
+    "a block that is not used": (lambda: Quant(block=64), ValueError, r"block=64.*Quant\('block', block=64\)"),
+    "a policy that is no JSON": (lambda: Policy.from_json("nonsense"), ValueError, "'nonsense' is no JSON.*to_json"),
+    "a field that there is not": (lambda: Policy.from_json('[{"gradeint": 1}]'), ValueError, "no field 'gradeint'.*gradient"),
+    "a package that is missing": (lambda: files.need("safetensors", "no_such"), ImportError, "need no_such.*pip install no_such"),
     "codes of integers": (lambda: ops.quantize(X.int()), TypeError, r"int32.*x\.float\(\)"),
     "both codes of integers": (lambda: ops.quantize_both(X.int()), TypeError, r"int32.*x\.float\(\)"),
     "a scale for other rows": (lambda: ops.quantize(X, scale=torch.ones(4)), ValueError, r"\(4,\).*\(5, 24\).*\(5,\)"),

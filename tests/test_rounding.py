@@ -15,7 +15,9 @@ def setting(granularity: str, device: str, bias: bool = True) -> tuple:
     mix = torch.randn(48, 48, device=device)
     x = torch.randn(512, 48, device=device) @ mix
     activation = None if granularity == "block" else Quant()
-    qfn = teint8.quantize(net, Policy([Rule(weight=Quant(granularity, block=32), activation=activation)]))
+    qfn = teint8.quantize(
+        net, Policy([Rule(weight=Quant(granularity, block=32 if granularity == "block" else 128), activation=activation)])
+    )
     return net, x, qfn, dict(net.named_parameters())
 
 

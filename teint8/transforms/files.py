@@ -1,5 +1,6 @@
 """``save_packed`` and ``load_packed``: packed parameters as safetensors files, which anyone's safetensors reads, too."""
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -59,7 +60,7 @@ def save_packed(
     Raises:
         TypeError: a leaf that is no tensor, or a key that is no string.
         ValueError: nothing to save, or a leaf too large for a shard.
-        ImportError: safetensors is not installed.
+        ImportError: a package that this needs is not installed; the message says which.
 
     Examples:
         >>> import tempfile
@@ -116,7 +117,7 @@ def load_packed(path: str | os.PathLike[str], *, device: str | torch.device = "c
         FileNotFoundError: there is no such file.
         ValueError: it is no file of ``save_packed``, of a version that this one does not
             know, truncated or edited; the message says which.
-        ImportError: safetensors is not installed.
+        ImportError: a package that this needs is not installed; the message says which.
 
     Examples:
         >>> import tempfile
@@ -266,7 +267,20 @@ def _numbered(path: pathlib.Path, number: int, count: int) -> pathlib.Path:
     return path.with_name(f"{path.stem}-{number:05d}-of-{count:05d}{path.suffix}")
 
 
+def need(*names: str) -> None:
+    """Raise for packages that files need and that are not installed.
+
+    Raises:
+        ImportError: with the command that installs them.
+
+    """
+    absent = [name for name in names if importlib.util.find_spec(name) is None]
+    if absent:
+        raise ImportError(f"files need {' and '.join(absent)}, not installed here: pip install {' '.join(absent)}")
+
+
 def _write(path: pathlib.Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+    need("safetensors", "numpy")  # which safetensors uses to write a tensor
     from safetensors.torch import save
 
     text = json.dumps(about, sort_keys=True)
@@ -287,6 +301,7 @@ def _replace(path: pathlib.Path, content: bytes) -> None:
 
 def _read(path: pathlib.Path, device: str, verify: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What a file says of itself, and its tensors."""
+    need("safetensors")
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from teint8.policy import Policy, Quant, Rule
 from teint8.qtensor import QTensor
-from teint8.transforms.files import PackedFile
+from teint8.transforms.files import PackedFile, need
 
 _INT8 = {"num_bits": 8, "type": "int", "symmetric": True}
 _OF_WEIGHTS = (".weight_scale", ".weight_zero_point", ".input_scale", ".input_zero_point")
@@ -35,7 +35,7 @@ def save_compressed_tensors(folder: str | os.PathLike[str], params: dict[str, An
         TypeError: not a dict of tensors and QTensors by name.
         ValueError: a weight that the format has no place for, or activations of
             which some are static and some not.
-        ImportError: safetensors is not installed.
+        ImportError: a package that this needs is not installed; the message says which.
 
     Examples:
         >>> import tempfile
@@ -50,6 +50,7 @@ def save_compressed_tensors(folder: str | os.PathLike[str], params: dict[str, An
         (True, True)
 
     """
+    need("safetensors", "numpy")
     from safetensors.torch import save_file
 
     if not isinstance(params, dict):
@@ -103,7 +104,7 @@ def load_compressed_tensors(folder: str | os.PathLike[str], *, device: str | tor
         FileNotFoundError: no configuration or no tensors.
         ValueError: another format, or one that INT8 by channel cannot hold; the
             message says what.
-        ImportError: safetensors is not installed.
+        ImportError: a package that this needs is not installed; the message says which.
 
     Examples:
         >>> import tempfile
@@ -179,6 +180,7 @@ def from_torchao(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tensors(files: list[pathlib.Path], device: str, folder: pathlib.Path) -> dict[str, Tensor]:
+    need("safetensors")
     from safetensors import SafetensorError, safe_open
 
     tensors: dict[str, Tensor] = {}

@@ -248,6 +248,19 @@ def check_params(module: nn.Module, groups: tuple[Any, ...], complete: bool = Tr
             f"quantized {type(module).__name__}: params lacks {', '.join(map(repr, missing[:5]))}; a pure function takes all of its "
             "parameters, dict(model.named_parameters()), also those that are not differentiated"
         )
+    if complete:
+        _check_buffers(module, groups)
+
+
+def _check_buffers(module: nn.Module, groups: tuple[Any, ...]) -> None:
+    """Raise for a buffer that would be taken from the module and holds no values there: torch may compute garbage from it."""
+    absent = [path for path, buffer in module.named_buffers() if buffer.is_meta and not any(path in group for group in groups)]
+    if absent and not all(leaf.device.type == "meta" for group in groups for leaf in group.values() if hasattr(leaf, "device")):
+        raise ValueError(
+            f"quantized {type(module).__name__}: the module's buffers {', '.join(map(repr, absent[:5]))} "
+            "are on the meta device, which holds no values; give them: (params, buffers), where buffers is dict(model.named_buffers()) "
+            "of a model that has them"
+        )
 
 
 def _check_leaf(module: nn.Module, path: str, leaf: Any) -> None:

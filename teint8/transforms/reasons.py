@@ -106,7 +106,7 @@ def why_not_grouped(rule: Rule | None) -> str:
 
 
 def mode_of(rule: Rule, grouped: bool = False) -> str:
-    """What a rule asks for, as the receipt says it: "W8A8", "W8A8 by 32", "W8A16", with "dX" and "dW" where the backward is INT8.
+    """What a rule asks for, as the receipt says it: "W8A8", "W8A8 by 32", "W8A16"; with "dX", "dW", "stochastic" of an INT8 backward.
 
     The dW of a mixture of experts (``grouped``) is in float.
     """
@@ -115,7 +115,8 @@ def mode_of(rule: Rule, grouped: bool = False) -> str:
         return f"W8A16{blocks}"
     if rule.gradient is None:
         return f"W8A8{blocks}"
-    return f"W8A8{blocks} dX dW" if rule.wgrad == "int8" and not grouped else f"W8A8{blocks} dX"
+    backward = "dX dW" if rule.wgrad == "int8" and not grouped else "dX"
+    return f"W8A8{blocks} {backward}{' stochastic' if rule.gradient.rounding == 'stochastic' else ''}"
 
 
 def ran_as_of(x: Tensor, value: Any, rule: Rule, grouped: bool) -> str:

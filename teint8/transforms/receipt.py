@@ -23,7 +23,8 @@ class Record:
         batch: how many such matmuls in one call (a batched weight).
         implementation: what ran the forward: "cpu-amx", "triton", ...; "reference" (simulated in plain torch), "dequantized" (W8A16: a
             float matmul by an INT8 weight) or "float".
-        mode: what the rule asks for: "W8A8", "W8A16", with "dX" and "dW" where the backward runs in INT8 too; "" in float.
+        mode: what the rule asks for: "W8A8", "W8A16", with "dX" and "dW" where the backward runs in INT8 too, and
+            "stochastic" where gradients are rounded so; "" in float.
         reason: why it stayed float, or "".
         calls: how often it was called so.
         kernel: the configuration of the kernel ("huge 192x256, ring of 3"), where it has several, or "".

@@ -171,7 +171,7 @@ class Route(Recording, TorchFunctionMode):
             )
         if self.strict and unmatched:
             raise ValueError(
-                f"strict: no call matched {', '.join(map(repr, unmatched))}; mend the path or the order of the rules "
+                f"strict: no call matched {', '.join(map(repr, unmatched))}; mend the path, the ops or the order of the rules "
                 "(the first match wins; teint8.explain lists the paths), or leave strict off"
             )
 
