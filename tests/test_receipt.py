@@ -175,3 +175,21 @@ def test_calls_of_two_lines_of_one_file_are_alike() -> None:
     first = teint8.explain(teint8.quantize(lambda p, q: F.scaled_dot_product_attention(q, q, q), policy), {}, q)
     second = teint8.explain(teint8.quantize(lambda p, q: F.scaled_dot_product_attention(q, q, q), policy), {}, q)
     assert first.records[0].path != second.records[0].path and teint8.compare(first, second).changed == ()
+
+
+def test_it_is_measured_against_float_inside_of_a_context() -> None:
+    """The context around must not take over the float product that INT8 is compared with."""
+    model, x = nn.Sequential(nn.Linear(64, 32)), torch.randn(8, 64)
+    qfn, params = teint8.quantize(model), dict(model.named_parameters())
+    (want,) = teint8.explain(qfn, params, x)
+    with teint8.te_int8_autocast() as ctx:
+        (found,) = teint8.explain(qfn, params, x)
+    assert found.sqnr == want.sqnr and 20 < found.sqnr < 60 and ctx.receipt.calls == 0
+
+
+def test_it_tells_how_gradients_are_rounded() -> None:
+    model, x = nn.Linear(64, 32), torch.randn(8, 64)
+    for rounding, mode in (("nearest", "W8A8 dX dW"), ("stochastic", "W8A8 dX dW stochastic")):
+        policy = Policy([Rule(gradient=Quant(rounding=rounding))])
+        (record,) = teint8.explain(teint8.quantize(model, policy), dict(model.named_parameters()), x)
+        assert record.mode == mode

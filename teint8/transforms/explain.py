@@ -35,7 +35,8 @@ def explain(qfn: Any, params: Any, *args: Any, **kwargs: Any) -> Receipt:
     """Run ``qfn`` once, without gradients, and tell for each call of a quantizable op what ran it, or why it stayed float.
 
     Each call that runs in INT8 is computed in float too, for its SQNR: this takes about twice as long as ``qfn``. A weight that is
-    packed counts as exact, so that only the activation's error is seen there.
+    packed counts as exact, so that only the activation's error is seen there. It is a run as any other: in train mode a BatchNorm
+    writes its statistics.
 
     Args:
         qfn: a result of ``quantize``.
