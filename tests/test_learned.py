@@ -174,3 +174,13 @@ def test_bad_input_is_refused(device: str) -> None:
     ):
         with pytest.raises(error, match=match):
             call()
+
+
+def test_convolutions_keep_their_scales() -> None:
+    """A CNN's linears learn; its convolutions are quantized by their rule."""
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 4)), torch.randn(5, 3, 6, 6)
+    qfn, params = teint8.quantize(model), dict(model.named_parameters())
+    start = teint8.learned_scales(qfn, params, teint8.calibrate(qfn, params, [x], progress=False))
+    assert list(start) == ["3.weight"]
+    grads = torch.func.grad(lambda both: teint8.lsq(qfn)(both, x).square().mean())((params, start))
+    assert float(grads[0]["0.weight"].norm()) > 0 and float(grads[1]["3.weight"].weight.norm()) > 0

@@ -266,7 +266,7 @@ def look_at(route: "Looks", qfn: Any, params: Any, batches: Iterable[Any], name:
             run(qfn, route, params, args, kwargs)
     route.start()
     if not route.seen:
-        raise ValueError(f"{name}: no product by a weight is quantized by {qfn.policy!r}; there is nothing to look at")
+        raise ValueError(f"{name}: no weight that it looks at is quantized by {qfn.policy!r}; there is nothing to look at")
 
 
 def refuse_packed(params: Any, name: str) -> None:

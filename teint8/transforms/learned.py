@@ -12,7 +12,7 @@ from teint8.conditioning import Conditioned
 from teint8.ops.straight import moved
 from teint8.policy import Policy, Quant
 from teint8.qtensor import QTensor
-from teint8.transforms.calibrate import Calibration, refuse_packed, scales
+from teint8.transforms.calibrate import OF_CONVOLUTION, Calibration, refuse_packed, scales
 from teint8.transforms.quantize import BoundRoute, of_module, quantized, run
 from teint8.transforms.reasons import autocast_dtype
 from teint8.transforms.trees import is_grouped, map_leaves, weights_of
@@ -71,6 +71,8 @@ def learned_scales(qfn: Any, params: Any, calibration: Calibration, method: str 
         raise ValueError(f"learned_scales: calibration is of {foreign[0]!r}, which params do not have; is it of another model?")
     found: LearnedScales = {}
     for path, scale in static.items():
+        if int(calibration[path].axis) == OF_CONVOLUTION:
+            continue
         w = leaves[path]
         if isinstance(w, Conditioned) or int(calibration[path].axis) != -1 or w.shape[-1:] != calibration[path].channels.shape:
             raise ValueError(f"learned_scales: {path} is {w if isinstance(w, Conditioned) else tuple(w.shape)}; a float weight (N, K) "

@@ -102,6 +102,7 @@ def gptq(qfn: Any, params: Any, moments: Moments, *args: Any, damping: float = 0
         A tree of the same structure, its quantized weights QTensors.
 
     Raises:
+        TypeError: moments that ``second_moments`` did not make.
         ValueError: moments of another model.
 
     Examples:
@@ -134,6 +135,7 @@ def adaround(qfn: Any, params: Any, moments: Moments, *args: Any, sweeps: int = 
         A tree of the same structure, its quantized weights QTensors.
 
     Raises:
+        TypeError: moments that ``second_moments`` did not make.
         ValueError: moments of another model.
 
     Examples:
@@ -167,6 +169,7 @@ def awq(qfn: Any, params: Any, moments: Moments, *, progress: bool = True) -> An
         The tree with ``Conditioned`` leaves where an alpha above 0 was best; weights that are not (N, K) as nn.Linear has them stay.
 
     Raises:
+        TypeError: moments that ``second_moments`` did not make.
         ValueError: packed parameters, or moments of another model.
 
     Examples:
@@ -205,6 +208,9 @@ def awq(qfn: Any, params: Any, moments: Moments, *, progress: bool = True) -> An
 
 
 def _leaves(qfn: Any, params: Any, moments: Moments, name: str) -> dict[str, Any]:
+    strange = next((type(m).__name__ for m in moments.values() if not isinstance(m, Moment)), None)
+    if strange is not None:
+        raise TypeError(f"{name}: moments holds a {strange}; {name} takes what second_moments(qfn, params, batches) returns")
     leaves = weights_of(params, of_module(qfn))
     foreign = sorted(set(moments) - set(leaves))
     if foreign:

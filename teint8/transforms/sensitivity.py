@@ -30,7 +30,7 @@ def sensitivity(
     loss: Callable[..., Tensor] | None = None,
     progress: bool = True,
 ) -> dict[str, float]:
-    """How much each layer loses in INT8, largest first: what to keep in float.
+    """How much each linear loses in INT8, largest first: what to keep in float. Convolutions are not ranked.
 
     Args:
         qfn: a result of ``quantize``.
