@@ -21,6 +21,14 @@ GROUPS = {
 """The names of ``teint8``; those of teint8.ops and teint8.numerics have groups of their own."""
 
 
+MEMBERS = {
+    "te_int8_autocast": "[__call__, cache_info, cache_clear]",
+    "Conditioned": "[dequantize, unpacked, shape, dtype, device, nbytes]",
+    "Receipt": "[records, calls, int8_calls, to_json, plot]",
+}
+"""What a class shows of itself, where not all of its methods are for users."""
+
+
 def names() -> dict[str, list[tuple[str, Any]]]:
     """Group by group, (public name, object); every name of the package is in one of them.
 
@@ -56,7 +64,9 @@ def _index() -> str:
 
 
 def _page(name: str, value: Any) -> str:
-    return f"::: {value.__module__}.{value.__qualname__}\n    options:\n      heading: {name}\n"
+    page = f"::: {value.__module__}.{value.__qualname__}\n    options:\n      heading: {name}\n"
+    members = MEMBERS.get(name.removeprefix("teint8."))
+    return page if members is None else f"{page}      members: {members}\n"
 
 
 def on_config(config: Any) -> Any:

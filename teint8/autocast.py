@@ -102,7 +102,18 @@ class te_int8_autocast(Again, KeepsCodes):
         self.quick = None if training or self.paths_matter or waits else {}
 
     def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Decorate: each call of ``function`` runs inside this context."""
+        """Decorate: each call of ``function`` runs inside this context.
+
+        Args:
+            function: any but a generator or a coroutine.
+
+        Returns:
+            A function of the same signature.
+
+        Raises:
+            TypeError: it is not callable, or a generator or a coroutine, which would run after the call.
+
+        """
         if not callable(function):
             raise TypeError(f"te_int8_autocast: {function!r} cannot be decorated; a function is needed")
 

@@ -141,7 +141,16 @@ class Rule:
         return any(quant is not None and quant.granularity == "block" for quant in (self.weight, self.activation))
 
     def matches(self, path: str, op: str) -> bool:
-        """Whether this rule is for ``op`` on the weight at ``path``."""
+        """Whether this rule is for a call.
+
+        Args:
+            path: the weight's path in the params.
+            op: one of ``teint8.policy.OPS``.
+
+        Returns:
+            A bool.
+
+        """
         return op in self.ops and (glob(self.path, path) or glob(self.path, path.rpartition(".")[0]))
 
     def __repr__(self) -> str:
@@ -193,7 +202,16 @@ class Policy:
         object.__setattr__(self, "rules", rules)
 
     def match(self, path: str, op: str) -> Rule | None:
-        """The first rule for ``op`` on the weight at ``path``, or None."""
+        """The rule that decides.
+
+        Args:
+            path: the weight's path in the params.
+            op: one of ``teint8.policy.OPS``.
+
+        Returns:
+            The first Rule that matches, or None.
+
+        """
         for rule in self.rules:
             if rule.matches(path, op):
                 return rule
@@ -226,7 +244,13 @@ class Policy:
 
     @staticmethod
     def preset(name: str) -> "Policy":
-        """A preset by its name: "qat", "training", "switchback", "weight_only" or "simulate".
+        """A preset by its name.
+
+        Args:
+            name: "qat", "training", "switchback", "weight_only" or "simulate".
+
+        Returns:
+            The Policy.
 
         Raises:
             ValueError: an unknown name; the message lists the known ones.
@@ -250,6 +274,12 @@ class Policy:
     @staticmethod
     def from_json(text: str) -> "Policy":
         """The policy that ``to_json`` wrote.
+
+        Args:
+            text: JSON, a list of rules.
+
+        Returns:
+            The Policy.
 
         Raises:
             ValueError: not JSON, no list of rules, or a field that a rule does not have.

@@ -104,6 +104,13 @@ class QTensor:
             granularity: "row" for a scale for each output channel, "tensor" for one in all, "block32", "block64" or "block128" for one
                 for so many values of a channel.
 
+        Returns:
+            The QTensor.
+
+        Raises:
+            TypeError: not a float weight.
+            ValueError: an axis or a granularity that it cannot have.
+
         """
         if not weight.is_floating_point():
             raise TypeError(f"QTensor.quantize: weight has dtype {weight.dtype}; a float weight is needed")
@@ -135,7 +142,18 @@ class QTensor:
 
     @classmethod
     def from_rows(cls, codes: Tensor, scale: Tensor, dtype: torch.dtype, axis: int) -> "QTensor":
-        """From codes (..., N, K) and scale (..., N, 1 or blocks), whatever ``axis`` the weight itself has."""
+        """A weight from the rows of its codes, whatever ``axis`` it has itself.
+
+        Args:
+            codes: int8 (..., N, K).
+            scale: float32 (..., N, 1), or (..., N, blocks).
+            dtype: the float dtype that the weight had.
+            axis: -1, or -2 for a weight (..., K, N), whose codes are transposed here.
+
+        Returns:
+            The QTensor.
+
+        """
         return cls(codes, scale, None, dtype, -1) if axis == -1 else cls(codes.mT, scale.mT, None, dtype, -2)
 
     def rows(self) -> tuple[Tensor, Tensor]:
@@ -149,7 +167,12 @@ class QTensor:
         return self.codes.mT, self.scale.squeeze(-2)
 
     def dequantize(self) -> Tensor:
-        """The weight as floats: ``codes * scale`` in float32, cast to ``dtype``."""
+        """The weight as floats.
+
+        Returns:
+            ``codes * scale`` in float32, cast to ``dtype``; the shape of the weight.
+
+        """
         scale = self.scale
         if self.block and isinstance(self.axis, int):
             scale = scale.repeat_interleave(self.block, self.axis).narrow(self.axis, 0, self.codes.shape[self.axis])
@@ -157,6 +180,12 @@ class QTensor:
 
     def with_activation_scale(self, scale: float | Tensor) -> "QTensor":
         """The same weight, with the static scale of the activation that meets it (``absmax / 127`` of calibration data).
+
+        Args:
+            scale: one positive number.
+
+        Returns:
+            A QTensor with the same codes.
 
         Raises:
             ValueError: a scale that is not one positive number.
@@ -190,7 +219,15 @@ class QTensor:
         return sum(t.nbytes for t in (self.codes, self.scale, self.activation_scale) if t is not None)
 
     def to(self, device: torch.device | str) -> "QTensor":
-        """The same weight on another device."""
+        """The same weight on another device.
+
+        Args:
+            device: torch's.
+
+        Returns:
+            A QTensor.
+
+        """
         moved = (None if t is None else t.to(device) for t in (self.codes, self.scale, self.activation_scale))
         return QTensor(*moved, self.dtype, self.axis)  # type: ignore[arg-type,call-arg]
 

@@ -1,6 +1,7 @@
 """Every public name tells its arguments, result, errors and an example."""
 
 import inspect
+import pathlib
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -40,6 +41,24 @@ def lacks(value: Any) -> list[str]:
     raises = any("raise " in inspect.getsource(inspect.unwrap(maker)) for maker in makers)
     missing += ["Raises"] if raises and "Raises:" not in text else []
     return missing + ([] if re.search(r"Examples:\n +>>>", text) else ["Examples"])
+
+
+def _methods() -> Iterator[tuple[str, Any]]:
+    """What the pages of public classes show: all methods, or what docs/site.py lists for them."""
+    listed = dict(re.findall(r'"(\w+)": "\[(.*)\]"', (pathlib.Path(__file__).parent.parent / "docs/site.py").read_text()))
+    for prefix, value in _public():
+        shown = listed.get(prefix.removeprefix("teint8."))
+        for name, member in vars(value).items() if inspect.isclass(value) else ():
+            function = getattr(member, "__func__", member)
+            if inspect.isfunction(function) and (name in shown.split(", ") if shown else not name.startswith("_")):
+                yield f"{prefix}.{name}", function
+
+
+@pytest.mark.parametrize(("name", "value"), list(_methods()), ids=lambda item: item if isinstance(item, str) else "")
+def test_a_method_tells_its_arguments(name: str, value: Any) -> None:
+    text = inspect.getdoc(value) or ""
+    named = {word for line in re.findall(r"^ +((?:\w+, )*\w+): ", text, re.MULTILINE) for word in line.split(", ")}
+    assert text and [p for p in inspect.signature(value).parameters if p not in named | {"self", "cls"}] == []
 
 
 @pytest.mark.parametrize(("name", "value"), list(_public()), ids=lambda item: item if isinstance(item, str) else "")
