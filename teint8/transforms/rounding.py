@@ -208,13 +208,13 @@ def awq(qfn: Any, params: Any, moments: Moments, *, progress: bool = True) -> An
 
 
 def _leaves(qfn: Any, params: Any, moments: Moments, name: str) -> dict[str, Any]:
-    strange = next((type(m).__name__ for m in moments.values() if not isinstance(m, Moment)), None)
-    if strange is not None:
-        raise TypeError(f"{name}: moments holds a {strange}; {name} takes what second_moments(qfn, params, batches) returns")
     leaves = weights_of(params, of_module(qfn))
     foreign = sorted(set(moments) - set(leaves))
     if foreign:
         raise ValueError(f"{name}: moments are of {foreign[0]!r}, which params do not have; are they of another model?")
+    strange = next((type(m).__name__ for m in moments.values() if not isinstance(m, Moment)), None)
+    if strange is not None:
+        raise TypeError(f"{name}: moments holds a {strange}; {name} takes what second_moments(qfn, params, batches) returns")
     return leaves
 
 
