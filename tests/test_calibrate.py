@@ -10,7 +10,8 @@ from torch import nn
 
 import teint8
 from teint8 import Policy, Quant, Rule
-from teint8.transforms.calibrate import BINS, METHODS
+from teint8.transforms.calibrate import BINS
+from teint8.transforms.static import METHODS
 
 STATIC = Policy([Rule(activation=Quant(scale="static"))])
 

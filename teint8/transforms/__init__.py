@@ -1,6 +1,6 @@
 """Transforms: functions to functions (``quantize``), params to params (``pack``), and what they say of themselves (``explain``)."""
 
-from teint8.transforms.calibrate import Statistics, calibrate, merge, scales, with_scales
+from teint8.transforms.calibrate import Statistics, calibrate, merge
 from teint8.transforms.comparison import Comparison, compare
 from teint8.transforms.correct import correct_bias
 from teint8.transforms.delayed import delayed
@@ -15,6 +15,7 @@ from teint8.transforms.receipt import Receipt, Record
 from teint8.transforms.rounding import adaround, awq, gptq, second_moments
 from teint8.transforms.sensitivity import search, sensitivity
 from teint8.transforms.smooth import keep_outliers, rotate, smooth
+from teint8.transforms.static import scales, with_scales
 
 __all__ = [
     "Comparison",

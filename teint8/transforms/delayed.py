@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from teint8.policy import Policy
-from teint8.transforms.calibrate import refuse_packed
 from teint8.transforms.learned import static_policy
+from teint8.transforms.looks import refuse_packed
 from teint8.transforms.quantize import BoundRoute, quantized, run
 
 History = dict[str, Tensor]

@@ -11,13 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from teint8.conditioning import Conditioned
 from teint8.policy import Policy
-from teint8.qtensor import QTensor
+from teint8.transforms.schema import bad, described, rebuilt
 
 VERSION = 1
 _KEY, _CHECK = "teint8", "teint8_crc32"
-_DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
 
 
 class PackedFile(NamedTuple):
@@ -84,7 +82,7 @@ def save_packed(
         raise FileNotFoundError(f"save_packed: there is no folder {path.parent}; make it first")
     tensors: dict[str, Tensor] = {}
     leaves: dict[str, dict[str, Any]] = {}
-    tree = _skeleton(params, "", tensors, leaves)
+    tree = described(params, "", tensors, leaves)
     if not tensors:
         raise ValueError("save_packed: there are no tensors in params; give what teint8.pack returned")
     shards = _shards(tensors, shard_bytes)
@@ -137,18 +135,18 @@ def load_packed(path: str | os.PathLike[str], *, device: str | torch.device = "c
         if whole is not None and {k: about[k] for k in ("tree", "leaves", "policy")} != {
             k: whole[k] for k in ("tree", "leaves", "policy")
         }:
-            raise _bad(file, "it belongs to another model than the first file of the index")
+            raise bad(file, "it belongs to another model than the first file of the index")
         if tensors.keys() & found.keys():
-            raise _bad(file, "it holds tensors that another file of the index holds, too")
+            raise bad(file, "it holds tensors that another file of the index holds, too")
         whole, tensors = about, {**tensors, **found}
     if whole is None:
-        raise _bad(path, "its index names no file")
+        raise bad(path, "its index names no file")
     try:
-        params = _rebuilt(whole["tree"], whole["leaves"], tensors, path)
+        params = rebuilt(whole["tree"], whole["leaves"], tensors, path)
     except (KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        raise _bad(path, f"its description makes no sense ({error!r})") from None
+        raise bad(path, f"its description makes no sense ({error!r})") from None
     if tensors:
-        raise _bad(path, f"its tree does not name the tensor {next(iter(tensors))!r}")
+        raise bad(path, f"its tree does not name the tensor {next(iter(tensors))!r}")
     policy = whole["policy"]
     return PackedFile(params, None if policy is None else _policy_of(policy, path))
 
@@ -159,82 +157,6 @@ def _files_of(path: pathlib.Path) -> list[pathlib.Path]:
     if path.is_dir():
         raise ValueError(f"load_packed: {path} is a folder; give the file in it, or its .index.json")
     return _indexed(path) if path.name.endswith(".json") else [path]
-
-
-def _skeleton(node: Any, path: str, tensors: dict[str, Tensor], leaves: dict[str, dict[str, Any]]) -> Any:
-    """The tree in JSON, each leaf its path; tensors and what is to be known of packed ones go to the dicts."""
-    if isinstance(node, QTensor):
-        axis = list(node.axis) if isinstance(node.axis, tuple) else node.axis
-        leaves[path] = {"dtype": str(node.dtype).removeprefix("torch."), "axis": axis}
-        parts = {"codes": node.codes, "scale": node.scale, "activation_scale": node.activation_scale}
-        tensors |= {f"{path}.{name}": t for name, t in parts.items() if t is not None}
-        return {"packed": path}
-    if isinstance(node, Conditioned):
-        leaves[path] = {"rotation": node.rotation, "outliers": list(node.outliers)}
-        parts = {name: getattr(node, name) for name in _CONDITIONS}
-        tensors |= {f"{path}.{name}": t for name, t in parts.items() if t is not None}
-        return {"conditioned": [path, _skeleton(node.weight, f"{path}.weight", tensors, leaves)]}
-    if isinstance(node, Tensor):
-        tensors[path] = node.detach()
-        return {"tensor": path}
-    if isinstance(node, dict):
-        wrong = next((key for key in node if not isinstance(key, str)), None)
-        if wrong is not None:
-            raise TypeError(f"save_packed: the key {wrong!r} at {path or 'the root'!r} is no string")
-        return {"dict": [[key, _skeleton(value, _joined(path, key), tensors, leaves)] for key, value in node.items()]}
-    if isinstance(node, (list, tuple)):
-        kind = "list" if isinstance(node, list) else "tuple"
-        return {kind: [_skeleton(value, _joined(path, str(i)), tensors, leaves) for i, value in enumerate(node)]}
-    raise TypeError(
-        f"save_packed: {path or 'params'!r} is {type(node).__name__}; tensors and QTensors in dicts, lists and tuples are needed"
-    )
-
-
-def _joined(path: str, key: str) -> str:
-    return f"{path}.{key}" if path else key
-
-
-def _rebuilt(node: Any, leaves: Any, tensors: dict[str, Tensor], file: pathlib.Path) -> Any:
-    """The tree; tensors that it takes are taken out of the dict."""
-    ((kind, value),) = node.items()
-    if kind == "tensor":
-        return _taken(tensors, value, file)
-    if kind == "packed":
-        about = leaves[value]
-        codes, scale = (_taken(tensors, f"{value}.{name}", file) for name in ("codes", "scale"))
-        axis = tuple(about["axis"]) if isinstance(about["axis"], list) else about["axis"]
-        try:
-            return QTensor(codes, scale, tensors.pop(f"{value}.activation_scale", None), _DTYPES[about["dtype"]], axis)
-        except (TypeError, ValueError, KeyError) as error:
-            raise _bad(file, f"{value} is no packed weight: {error}") from None
-    if kind == "conditioned":
-        return _conditioned(value[0], _rebuilt(value[1], leaves, tensors, file), leaves, tensors, file)
-    if kind == "dict":
-        return {key: _rebuilt(inner, leaves, tensors, file) for key, inner in value}
-    made = [_rebuilt(inner, leaves, tensors, file) for inner in value]
-    return made if kind == "list" else tuple(made)
-
-
-_CONDITIONS = ("smoothing", "outlier_weight", "activation_scale")
-
-
-def _conditioned(path: str, weight: Any, leaves: Any, tensors: dict[str, Tensor], file: pathlib.Path) -> Conditioned:
-    parts: dict[str, Any] = {name: tensors.pop(f"{path}.{name}", None) for name in _CONDITIONS}
-    try:
-        about = leaves[path]
-        return Conditioned(weight, rotation=about["rotation"], outliers=tuple(about["outliers"]), **parts)
-    except (TypeError, ValueError, KeyError) as error:
-        raise _bad(file, f"{path} is no conditioned weight: {error}") from None
-
-
-def _taken(tensors: dict[str, Tensor], name: str, file: pathlib.Path) -> Tensor:
-    if name not in tensors and "-of-" in file.name:
-        raise ValueError(
-            f"load_packed: {file} is one of several files; load them by their index, {file.stem.split('-')[0]}*.index.json"
-        )
-    if name not in tensors:
-        raise _bad(file, f"the tensor {name!r} is missing")
-    return tensors.pop(name)
 
 
 def _about(t: Tensor) -> dict[str, Any]:
@@ -309,31 +231,31 @@ def _read(path: pathlib.Path, device: str, verify: bool) -> tuple[dict[str, Any]
             about = _checked(file.metadata() or {}, path)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, UnicodeDecodeError, OSError) as error:
-        raise _bad(path, f"it is no safetensors file, or a part of one ({error})") from None
+        raise bad(path, f"it is no safetensors file, or a part of one ({error})") from None
     wanted = about["tensors"]
     if tensors.keys() != wanted.keys():
-        raise _bad(path, f"its tensors are not those that it names: {sorted(tensors.keys() ^ wanted.keys())[0]!r}")
+        raise bad(path, f"its tensors are not those that it names: {sorted(tensors.keys() ^ wanted.keys())[0]!r}")
     for name, t in tensors.items():
         found = {"dtype": str(t.dtype).removeprefix("torch."), "shape": list(t.shape)}
         if found != {key: wanted[name][key] for key in found}:
-            raise _bad(path, f"{name} is {found['dtype']} {found['shape']}, and was {wanted[name]['dtype']} {wanted[name]['shape']}")
+            raise bad(path, f"{name} is {found['dtype']} {found['shape']}, and was {wanted[name]['dtype']} {wanted[name]['shape']}")
         if verify and _crc32(t) != wanted[name]["crc32"]:
-            raise _bad(path, f"the values of {name} are not those that were saved")
+            raise bad(path, f"the values of {name} are not those that were saved")
     return about, tensors
 
 
 def _checked(metadata: dict[str, str], path: pathlib.Path) -> dict[str, Any]:
     if _KEY not in metadata:
-        raise _bad(path, "it was not written by teint8.save_packed")
+        raise bad(path, "it was not written by teint8.save_packed")
     text = metadata[_KEY]
     if metadata.get(_CHECK) != str(zlib.crc32(text.encode())):
-        raise _bad(path, "its description was edited")
+        raise bad(path, "its description was edited")
     about = json.loads(text)
     if not isinstance(about, dict) or about.get("version") != VERSION:
         version = about.get("version") if isinstance(about, dict) else None
-        raise _bad(path, f"its schema has version {version!r}, and this teint8 reads {VERSION}")
+        raise bad(path, f"its schema has version {version!r}, and this teint8 reads {VERSION}")
     if not {"tree", "leaves", "policy", "tensors"} <= about.keys() or not isinstance(about["tensors"], dict):
-        raise _bad(path, "its description has no tree, or no tensors")
+        raise bad(path, "its description has no tree, or no tensors")
     return about
 
 
@@ -342,16 +264,16 @@ def _indexed(path: pathlib.Path) -> list[pathlib.Path]:
     try:
         names = list(dict.fromkeys(json.loads(path.read_text())["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise _bad(path, f"it is no index of safetensors files ({error!r})") from None
+        raise bad(path, f"it is no index of safetensors files ({error!r})") from None
     return [path.with_name(name) for name in _beside(names, path)]
 
 
 def _beside(names: list[Any], path: pathlib.Path) -> Iterator[str]:
     for name in names:
         if not isinstance(name, str) or pathlib.PurePath(name).name != name:
-            raise _bad(path, f"it names {name!r}, which is no file beside it")
+            raise bad(path, f"it names {name!r}, which is no file beside it")
         if not path.with_name(name).exists():
-            raise _bad(path, f"it names {name!r}, which is missing")
+            raise bad(path, f"it names {name!r}, which is missing")
         yield name
 
 
@@ -359,8 +281,4 @@ def _policy_of(rules: Any, path: pathlib.Path) -> Policy:
     try:
         return Policy.from_json(json.dumps(rules))
     except (TypeError, ValueError) as error:
-        raise _bad(path, f"its policy cannot be read: {error}") from None
-
-
-def _bad(path: pathlib.Path, what: str) -> ValueError:
-    return ValueError(f"load_packed: {path}: {what}; save it again with teint8.save_packed, or get another copy")
+        raise bad(path, f"its policy cannot be read: {error}") from None

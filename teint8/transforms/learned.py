@@ -12,9 +12,11 @@ from teint8.conditioning import Conditioned
 from teint8.ops.straight import moved
 from teint8.policy import Policy, Quant
 from teint8.qtensor import QTensor
-from teint8.transforms.calibrate import OF_CONVOLUTION, Calibration, refuse_packed, scales
+from teint8.transforms.calibrate import OF_CONVOLUTION, Calibration
+from teint8.transforms.looks import refuse_packed
 from teint8.transforms.quantize import BoundRoute, of_module, quantized, run
 from teint8.transforms.reasons import autocast_dtype
+from teint8.transforms.static import scales
 from teint8.transforms.trees import is_grouped, map_leaves, weights_of
 
 

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from teint8.conditioning import Conditioned, power_of_two
 from teint8.policy import Policy
 from teint8.qtensor import QTensor
-from teint8.transforms.calibrate import Looks, Seen, look_at, refuse_packed
+from teint8.transforms.looks import Looks, Seen, look_at, refuse_packed
 from teint8.transforms.pack import pack, pack_weight
 from teint8.transforms.quantize import of_module, quantized
 from teint8.transforms.trees import map_leaves, weights_of

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from teint8.conditioning import Conditioned
 from teint8.policy import Policy, Rule, glob
-from teint8.transforms.calibrate import Looks, Seen, examples_of, refuse_packed
+from teint8.transforms.looks import Looks, Seen, examples_of, refuse_packed
 from teint8.transforms.pack import pack, pack_weight
 from teint8.transforms.quantize import BoundRoute, of_module, quantize, quantized, run
 from teint8.transforms.trees import map_leaves, weights_of

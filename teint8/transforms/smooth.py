@@ -12,7 +12,8 @@ from torch import Tensor
 from teint8 import _torch
 from teint8.conditioning import Conditioned, largest_block, power_of_two
 from teint8.policy import Policy
-from teint8.transforms.calibrate import OF_CONVOLUTION, Calibration, refuse_packed
+from teint8.transforms.calibrate import OF_CONVOLUTION, Calibration
+from teint8.transforms.looks import refuse_packed
 from teint8.transforms.pack import uses_of
 from teint8.transforms.quantize import BoundRoute, looks, of_module, run
 from teint8.transforms.trees import map_leaves, weights_of
