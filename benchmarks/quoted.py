@@ -97,7 +97,6 @@ FIGURES: dict[str, Callable[[], str]] = {
     "cpu_date": lambda: _of("cpu_minilm", "date"),
     "cpu_compile": lambda: f"{_value('cpu_compile', 'to int8 eager', way='int8 compiled'):.2f} times",
     "attention_speed": lambda: f"{_range('attention', 'whole, to sdpa')} times",
-    "attention_error": lambda: _range("attention", "error", 3),
 }
 
 

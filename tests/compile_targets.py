@@ -167,11 +167,11 @@ def kernels(arch: int) -> None:
         EVEN=False,
     )  # fmt: skip
     core("norm", arch, norm._norm_kernel, norms, {"eps": "fp32"}, num_warps=16)
-    pointers = {"q_ptr": "*i8", "k_ptr": "*i8", "v_ptr": "*i8", "vsum_ptr": "*i32", "mask_ptr": "*fp32"}
+    pointers = {"q_ptr": "*i8", "k_ptr": "*i8", "v_ptr": "*i8", "sums_ptr": "*i32", "mask_ptr": "*fp32"}
     pointers |= dict.fromkeys(("a_ptr", "ks_ptr", "vs_ptr"), "*fp32")
-    for d, masked in ((64, True), (128, False)):
-        t = attention.config_of(d, masked, arch // 10)
-        how = dict(CAUSAL=True, MASK=masked, EVEN=True, EVEN_D=True, BLOCK_M=t.block_m, BLOCK_N=t.block_n, BLOCK_D=d, BLOCK_E=d)
+    for d, masked in ((64, False), (64, True), (128, False), (128, True), (256, False), (256, True)):
+        t = attention.config_of(d, masked)
+        how = dict(CAUSAL=True, MASK=masked, EVEN=False, EVEN_D=True, BLOCK_M=t.block_m, BLOCK_N=t.block_n, BLOCK_D=d, BLOCK_E=d)
         core(f"attention {d} {masked}", arch, attention._attention_kernel, how, pointers, num_warps=t.warps, num_stages=t.stages)
     core("dequantize", arch, dequantize._dequantize_kernel, dict(BLOCK_M=16, BLOCK_K=512), num_warps=4)
     for m, n in ((64, 4096), (64, 14336), (32, 14336)):

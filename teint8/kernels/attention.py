@@ -1,13 +1,12 @@
-"""INT8 attention in Triton (``teint8.attentions``): scores stay in registers, and keys are read twice."""
+"""INT8 attention in Triton (``teint8.attentions``): scores stay in registers, and keys are read once."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from teint8.attentions import LOG2E
+from teint8.attentions import BLOCK, LOG2E, blocks
 from teint8.kernels.activation import INTERPRETING, reciprocal
-from teint8.kernels.int8_mm import major_of
 from teint8.kernels.launch import Launch, on
 from teint8.kernels.tiles import Tile
 
@@ -47,9 +46,9 @@ def _scores(
 
 
 @triton.jit
-def _weights(t, top):
+def _weights(t, level):
     """Codes of weights, less 127 of what they stand for, in int32."""
-    z = tl.maximum(t - top[:, None], -9.0)
+    z = tl.maximum(t - level[:, None], -9.0)
     shifted = z + 12582912.0
     fraction = z - (shifted - 12582912.0)
     p = fraction * 0.0550090596079826 + 0.2422109693288803
@@ -60,8 +59,34 @@ def _weights(t, top):
 
 
 @triton.jit
+def _power(exponent):
+    """2^exponent of one that is at most 0, at least 2^-126."""
+    return ((tl.maximum(exponent, -126.0).to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _add(t, v, sums_ptr, in_e, top, before, total, acc, BLOCK_N: tl.constexpr):
+    """Adds a block of keys, whose scores are t and values v, to the sums of a row."""
+    highest = tl.reduce(t, 1, _larger)
+    top = _larger(top, highest)
+    seen = tl.abs(highest) < float("inf")
+    ceiling = tl.ceil(tl.where(seen, highest, 0.0))
+    level = tl.where(seen, ceiling, NEGATIVE_INFINITY)
+    after = tl.maximum(before, level)
+    held = _power(tl.where(before == after, 0.0, before - after))
+    new = _power(tl.where(seen, level - after, 0.0))
+    codes = _weights(t, ceiling)
+    # 127 more than a code is what it stands for
+    add = tl.zeros((t.shape[0], v.shape[1]), tl.int32) + 127 * tl.load(sums_ptr, mask=in_e, other=0)[None, :]
+    add = tl.dot(codes.to(tl.int8), v, add, out_dtype=tl.int32)
+    acc = acc * held[:, None] + add.to(tl.float32) * new[:, None]
+    total = total * held + (tl.sum(codes, 1) + 127 * BLOCK_N).to(tl.float32) * new
+    return top, after, total, acc
+
+
+@triton.jit
 def _attention_kernel(
-    q_ptr, a_ptr, k_ptr, ks_ptr, v_ptr, vs_ptr, vsum_ptr, mask_ptr, y_ptr, HEADS, SHARE, M, S, D, E,
+    q_ptr, a_ptr, k_ptr, ks_ptr, v_ptr, vs_ptr, sums_ptr, mask_ptr, y_ptr, HEADS, SHARE, M, S, D, E,
     stride_mb, stride_mh, stride_mm, stride_ms,
     CAUSAL: tl.constexpr, MASK: tl.constexpr, EVEN: tl.constexpr, EVEN_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -87,44 +112,27 @@ def _attention_kernel(
     last = tl.minimum(S, (tile + 1) * BLOCK_M) if CAUSAL else S
     # keys that every row of this tile sees, in whole blocks; the rest is looked at one by one
     whole = tl.minimum(tile * BLOCK_M if CAUSAL else S, S) // BLOCK_N * BLOCK_N
-    top = tl.full((BLOCK_M,), NEGATIVE_INFINITY, tl.float32)
-    for first in range(0, whole, BLOCK_N):
-        t = _scores(q, a, k_ptrs + first * D, ks_ptr, mask_ptrs, first, rows, S, d < D, stride_ms,
-                    False, MASK, True, EVEN_D, BLOCK_N)  # fmt: skip
-        top = _larger(top, tl.reduce(t, 1, _larger))
-    for first in range(whole, last, BLOCK_N):
-        t = _scores(q, a, k_ptrs + first * D, ks_ptr, mask_ptrs, first, rows, S, d < D, stride_ms,
-                    CAUSAL, MASK, EVEN, EVEN_D, BLOCK_N)  # fmt: skip
-        top = _larger(top, tl.reduce(t, 1, _larger))
-    seen = tl.abs(top) < float("inf")
-    level = tl.where(seen, top, 0.0)
-    total = tl.zeros((BLOCK_M,), tl.int32)
-    acc = tl.zeros((BLOCK_M, BLOCK_E), tl.int32)
-    for first in range(0, whole, BLOCK_N):
-        t = _scores(q, a, k_ptrs + first * D, ks_ptr, mask_ptrs, first, rows, S, d < D, stride_ms,
-                    False, MASK, True, EVEN_D, BLOCK_N)  # fmt: skip
-        codes = _weights(t, level)
-        total += tl.sum(codes, 1)
-        v = tl.load(v_ptrs + first) if EVEN_D else tl.load(v_ptrs + first, mask=(e < E)[None, :], other=0)
-        acc = tl.dot(codes.to(tl.int8), v, acc, out_dtype=tl.int32)
-    for first in range(whole, last, BLOCK_N):
-        t = _scores(q, a, k_ptrs + first * D, ks_ptr, mask_ptrs, first, rows, S, d < D, stride_ms,
-                    CAUSAL, MASK, EVEN, EVEN_D, BLOCK_N)  # fmt: skip
-        codes = _weights(t, level)
-        total += tl.sum(codes, 1)
-        v = tl.load(v_ptrs + first, mask=(e < E)[None, :] & (first + n < S)[:, None], other=0)
-        acc = tl.dot(codes.to(tl.int8), v, acc, out_dtype=tl.int32)
-    # a key has 127 more than its code; those past the last one seen have code -127 and were not gone over
-    steps = tl.cdiv(last, BLOCK_N) * BLOCK_N  # the last key that was gone over, and one
-    total += 127 * steps
     in_e = e < E
-    sums = tl.load(vsum_ptr + (shared * E + e) * tl.cdiv(S, BLOCK_N) + steps // BLOCK_N - 1, mask=in_e, other=0)
-    acc += 127 * sums[None, :]
-    inverse = reciprocal(tl.maximum(total, 1).to(tl.float32))
+    sums_ptrs = sums_ptr + shared * tl.cdiv(S, BLOCK_N) * E + e
+    top = tl.full((BLOCK_M,), NEGATIVE_INFINITY, tl.float32)
+    before = top
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
+    for first in range(0, whole, BLOCK_N):
+        t = _scores(q, a, k_ptrs + first * D, ks_ptr, mask_ptrs, first, rows, S, d < D, stride_ms,
+                    False, MASK, True, EVEN_D, BLOCK_N)  # fmt: skip
+        v = tl.load(v_ptrs + first) if EVEN_D else tl.load(v_ptrs + first, mask=in_e[None, :], other=0)
+        top, before, total, acc = _add(t, v, sums_ptrs + first // BLOCK_N * E, in_e, top, before, total, acc, BLOCK_N)
+    for first in range(whole, last, BLOCK_N):
+        t = _scores(q, a, k_ptrs + first * D, ks_ptr, mask_ptrs, first, rows, S, d < D, stride_ms,
+                    CAUSAL, MASK, EVEN, EVEN_D, BLOCK_N)  # fmt: skip
+        v = tl.load(v_ptrs + first, mask=in_e[None, :] & (first + n < S)[:, None], other=0)
+        top, before, total, acc = _add(t, v, sums_ptrs + first // BLOCK_N * E, in_e, top, before, total, acc, BLOCK_N)
+    inverse = reciprocal(tl.maximum(total, 1.0))
     vs = tl.load(vs_ptr + shared * E + e, mask=in_e, other=0.0)
-    y = (acc.to(tl.float32) * vs[None, :]) * inverse[:, None]
+    y = (acc * vs[None, :]) * inverse[:, None]
     y = tl.where((top == NEGATIVE_INFINITY)[:, None], 0.0, y)
-    y = tl.where((seen | (top == NEGATIVE_INFINITY))[:, None], y, float("nan"))
+    y = tl.where(((tl.abs(top) < float("inf")) | (top == NEGATIVE_INFINITY))[:, None], y, float("nan"))
     y_ptrs = y_ptr + (head * M + rows)[:, None] * E + e[None, :]
     tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=in_m[:, None] & in_e[None, :])
 
@@ -132,11 +140,13 @@ def _attention_kernel(
 _launch = Launch(_attention_kernel)
 
 
-def config_of(d: int, masked: bool, major: int = 9) -> Tile:
-    """The tile for heads of width d: on Hopper the faster ones that were measured, elsewhere those that spill no registers."""
+def config_of(d: int, masked: bool) -> Tile:
+    """The tile for heads of width d: those that spill no registers (``tests/compile_targets.py``)."""
+    if masked:
+        return Tile(16 if d > 128 else 32, BLOCK, 8, 2)
     if d > 128:
-        return Tile(32, 32, 4, 2) if masked else Tile(64, 64, 8, 2)
-    return Tile(64, 128, 4, 3) if major == 9 and not masked else Tile(64, 64, 8, 2)
+        return Tile(32, BLOCK, 8, 2)
+    return Tile(64, BLOCK, 4, 3) if d <= 64 else Tile(64, BLOCK, 8, 2)
 
 
 def attention(
@@ -147,10 +157,8 @@ def attention(
     (b, h, m, d), (g, s), e, device = q.shape, k.shape[1:3], v.shape[2], q.device
     q, k, ks, v, vs = (t.contiguous() for t in (q, k, ks, v, vs))
     a = qs * torch.full_like(qs, scale * LOG2E)
-    t = config or config_of(max(d, e), mask is not None, major_of(device.index))
-    blocks = triton.cdiv(s, t.block_n)
-    parts = torch.nn.functional.pad(v, (0, blocks * t.block_n - s)) if s % t.block_n else v
-    sums = parts.unflatten(-1, (blocks, t.block_n)).sum(-1, dtype=torch.int32).cumsum(-1, dtype=torch.int32)
+    t = config or config_of(max(d, e), mask is not None)
+    sums = blocks(v, 0).sum(-1, dtype=torch.int32).mT.contiguous()
     # the interpreter's cast to bfloat16 does not round
     inner = torch.float32 if INTERPRETING or dtype == torch.float64 else dtype
     y = torch.empty((b, h, m, e), dtype=inner, device=device)

@@ -13,7 +13,6 @@ FEW_ROWS = 4
 """Up to this many rows a matmul is bound by reading its weight."""
 _WIDEST_NORM = 16384
 _WIDEST_HEAD = 256
-_MOST_KEYS = 65536  # 254 * 127 * 65536 < 2**31
 _MOST_TILES = 65535  # of the second and third dimension of a grid
 
 
@@ -22,8 +21,6 @@ def attention_why_not(problem: Problem) -> str | None:
     widest = max(problem.k, *problem.extra)
     if widest > _WIDEST_HEAD:
         return f"a head is {widest} wide; up to {_WIDEST_HEAD} are held in registers"
-    if problem.n > _MOST_KEYS:
-        return f"there are {problem.n} keys; its int32 sums hold up to {_MOST_KEYS}"
     return kernel_why_not(problem)
 
 

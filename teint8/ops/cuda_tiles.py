@@ -48,10 +48,8 @@ def convolution(problem: Problem) -> str:
 def attention(problem: Problem) -> str:
     """Of attention."""
     from teint8.kernels import attention
-    from teint8.kernels.int8_mm import major_of
 
-    major = major_of(torch.cuda.current_device() if problem.device == "cuda" else None)
-    c = attention.config_of(max(problem.k, *problem.extra), False, major)
+    c = attention.config_of(max(problem.k, *problem.extra), False)
     return f"{c.block_m}x{c.block_n}, {c.warps} warps, {c.stages} stages (without a mask)"
 
 

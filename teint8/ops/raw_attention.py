@@ -92,8 +92,6 @@ def _int8_attention_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
 
 _ROWS = 1 << 22
 """How many scores are held at once, about."""
-_EXACT = 1024
-"""So many products of codes have a sum that float32 holds."""
 
 
 def _composed(
@@ -106,7 +104,8 @@ def _composed(
     a = attentions.multiplier(qs, scale)
     # heads that share keys are rows of one matmul, and a mask is looked at by head
     y = torch.empty((b, g, share, m, e), dtype=dtype, device=q.device)
-    above = 127 * v.sum(-1, dtype=torch.int64).reshape(b * g, 1, e)
+    values = attentions.blocks(v.reshape(b * g, e, s), 0).movedim(2, 0)
+    above = 127 * values.sum(-1, dtype=torch.int32).float()
     seen = None if mask is None else mask.expand(b, h, m, s).unflatten(1, (g, share))
     step = max(1, min(m, _ROWS // (b * h * s)))
     for first in range(0, m, step):
@@ -119,11 +118,12 @@ def _composed(
         if causal:
             rows, keys = torch.arange(part.start, part.stop, device=q.device), torch.arange(s, device=q.device)
             t = t.masked_fill(keys > rows.unsqueeze(-1), float("-inf"))
-        w, top = attentions.weights(t)
-        acc = _sums(w.view(b * g, share * size, s), v.reshape(b * g, e, s)) + above
-        total = w.sum(-1, dtype=torch.int64) + 127 * s
+        w, top = (u.movedim(4, 0) for u in attentions.weights(t))
+        acc = _sums(w.reshape(-1, share * size, attentions.BLOCK), values.flatten(0, 1)).view(-1, b * g, share * size, e)
+        acc += above.unsqueeze(2)
+        total = (w.sum(-1, dtype=torch.int32) + 127 * attentions.BLOCK).float()
         scales = vs.reshape(b, g, 1, e)
-        y[:, :, :, part] = attentions.finish(acc.view(b, g, share, size, e), total, scales, top, dtype)
+        y[:, :, :, part] = attentions.finish(acc.view(-1, b, g, share, size, e), total, scales, top, dtype)
     return y.flatten(1, 2)
 
 
@@ -135,11 +135,9 @@ def _multiply(x: Tensor, xs: Tensor, w: Tensor, ws: Tensor) -> Tensor:
 
 
 def _sums(x: Tensor, w: Tensor) -> Tensor:
-    """x (B, M, K) by w (B, N, K), exact in int64."""
+    """x (B, M, K) by w (B, N, K): their sum is an integer that float32 holds."""
     rows, channels = (torch.ones(t.shape[:2], dtype=torch.float32, device=x.device) for t in (x, w))
-    parts = zip(x.split(_EXACT, -1), w.split(_EXACT, -1), strict=True)
-    sums = [_multiply(p.contiguous(), rows, q.contiguous(), channels).long() for p, q in parts]
-    return torch.stack(sums).sum(0) if len(sums) > 1 else sums[0]
+    return _multiply(x.contiguous(), rows, w.contiguous(), channels)
 
 
 registry.register("attention", "reference", attentions.value)
