@@ -18,7 +18,7 @@ from teint8.transforms.quantize import BoundRoute, of_module, quantize, quantize
 from teint8.transforms.trees import map_leaves, weights_of
 
 METHODS = ("hessian", "taylor", "loss", "sqnr")
-_PROBES = 8
+_PROBES = 2
 
 
 def sensitivity(
@@ -37,8 +37,8 @@ def sensitivity(
         params: its float parameters.
         batches: example inputs, as for ``calibrate``; a few are enough.
         method: "hessian": the mean of the Hessian's diagonal times the squared error of the rounded weight (HAWQ-V2, Dong et al.,
-            2020), the trace by eight Hessian-vector products through the function (jvp of grad) with random signs, always the
-            same, for all layers at once. "taylor": what rounding its weight adds in second order, ``d^T H d / 2`` with
+            2020), the trace by two Hessian-vector products for each layer through the function (jvp of grad) with random signs, always
+            the same. "taylor": what rounding its weight adds in second order, ``d^T H d / 2`` with
             d = w_hat - w: a product for each layer. "loss": the loss that quantizing this layer alone adds. "sqnr": the noise of
             its own output, to its signal.
         loss: ``loss(output, *args, **kwargs)``, a scalar, of the output and the batch's arguments; unless given, the mean squared
@@ -252,27 +252,26 @@ def _added_loss(work: _Work, args: Any, kwargs: Any) -> Iterator[tuple[str, floa
 def _taylor(work: _Work, args: Any, kwargs: Any) -> Iterator[tuple[str, float]]:
     of = work.loss_of(args, kwargs)
     for path, (w, error) in work.errors().items():
-
-        def at(v: Tensor, path: str = path) -> Tensor:
-            return of(work.at({path: v}, args, kwargs))
-
-        product = torch.func.jvp(torch.func.grad(at), (w,), (error,))[1]
-        value = float((error * product).sum()) / 2
-        yield path, value if math.isfinite(value) else math.inf
+        yield path, _curvature(work, of, path, w, error, args, kwargs) / 2
 
 
 def _traces(work: _Work, args: Any, kwargs: Any) -> Iterator[tuple[str, float]]:
-    of, errors = work.loss_of(args, kwargs), work.errors()
-    weights = {path: w for path, (w, _) in errors.items()}
+    of, generator = work.loss_of(args, kwargs), torch.Generator().manual_seed(0)
+    for path, (w, error) in work.errors().items():
+        # of one layer alone: in a product of all at once, what a sensitive layer shares with another can hide the other's trace
+        found = [
+            _curvature(work, of, path, w, (torch.randint(2, w.shape, generator=generator) * 2 - 1).to(w), args, kwargs)
+            for _ in range(_PROBES)
+        ]
+        yield path, max(sum(found) / _PROBES, 0.0) / w.numel() * float(error.square().sum())
 
-    def at(weights: dict[str, Tensor]) -> Tensor:
-        return of(work.at(weights, args, kwargs))
 
-    generator, traces = torch.Generator().manual_seed(0), dict.fromkeys(weights, 0.0)
-    for _ in range(_PROBES):
-        signs = {path: (torch.randint(2, w.shape, generator=generator) * 2 - 1).to(w) for path, w in weights.items()}
-        products = torch.func.jvp(torch.func.grad(at), (weights,), (signs,))[1]
-        for path in weights:
-            traces[path] += float((signs[path] * products[path]).sum().detach()) / _PROBES
-    for path, (w, error) in errors.items():
-        yield path, max(traces[path], 0.0) / w.numel() * float(error.square().sum())
+def _curvature(work: _Work, of: Callable[[Any], Tensor], path: str, w: Tensor, d: Tensor, args: Any, kwargs: Any) -> float:
+    """``d^T H d``, H the Hessian of the loss by one weight; infinity where that is not finite."""
+
+    def at(v: Tensor) -> Tensor:
+        return of(work.at({path: v}, args, kwargs))
+
+    product = torch.func.jvp(torch.func.grad(at), (w,), (d,))[1]
+    value = float((d * product).sum())
+    return value if math.isfinite(value) else math.inf
