@@ -63,7 +63,8 @@ def masked(t: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
 
 def blocks(t: Tensor, fill: float) -> Tensor:
     """(..., S) as (..., blocks, BLOCK), the last block filled up."""
-    return F.pad(t, (0, -t.shape[-1] % BLOCK), value=fill).unflatten(-1, (-1, BLOCK))
+    whole: Tensor = F.pad(t, (0, -t.shape[-1] % BLOCK), value=fill)
+    return whole.reshape(*t.shape[:-1], whole.shape[-1] // BLOCK, BLOCK)
 
 
 def weights(t: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ import torch.utils._pytree as torch_pytree
 from torch import Tensor
 
 from teint8 import _torch
-from teint8.ops.rotation import hadamard
+from teint8.ops.rotation import conditioned_codes, divided, hadamard
 from teint8.qtensor import QTensor
 
 
@@ -93,9 +93,14 @@ class Conditioned:
         if self.outliers:
             x = x.index_fill(-1, self._index(x), 0)
         if self.smoothing is not None:
-            x = x.float() if x.dtype == torch.float16 else x
-            x = x * self.smoothing.detach().reciprocal().to(x.dtype)
+            x = divided(x, self.smoothing)
         return hadamard(_wide(x), self.rotation) if self.rotation else x
+
+    def codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes (..., K) and scales (...) of ``apply(x)``, in one kernel where there is one; for real tensors, not empty ones."""
+        if self.outliers:
+            x = x.index_fill(-1, self._index(x), 0)
+        return conditioned_codes(x, self.smoothing, self.rotation)
 
     def conditioned(self) -> Tensor:
         """The weight (N, K) that meets ``apply(x)``, in the dtype of that."""

@@ -30,6 +30,7 @@ from teint8.kernels import (
     quantize_both,
     quantize_both_kernels,
     quantize_long,
+    rotate,
     weight_only,
 )
 
@@ -173,6 +174,10 @@ def kernels(arch: int) -> None:
         t = attention.config_of(d, masked)
         how = dict(CAUSAL=True, MASK=masked, EVEN=False, EVEN_D=True, BLOCK_M=t.block_m, BLOCK_N=t.block_n, BLOCK_D=d, BLOCK_E=d)
         core(f"attention {d} {masked}", arch, attention._attention_kernel, how, pointers, num_warps=t.warps, num_stages=t.stages)
+    for k in (128, 4096, 16384):
+        block_m, block_k, warps = rotate.tile_of(4096, k, "cuda")
+        how = dict(SMOOTHED=True, LEVELS=min(k, 1024).bit_length() - 1, CODES=True, BLOCK_M=block_m, BLOCK_K=block_k)
+        core(f"rotate {k}", arch, rotate._rotate_kernel, how, {"smoothing_ptr": "*fp32", "scale_ptr": "*fp32"}, num_warps=warps)
     core("dequantize", arch, dequantize._dequantize_kernel, dict(BLOCK_M=16, BLOCK_K=512), num_warps=4)
     for m, n in ((64, 4096), (64, 14336), (32, 14336)):
         b = weight_only.blocks_of(m, n, arch // 10)

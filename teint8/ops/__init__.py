@@ -1,6 +1,6 @@
 """INT8 ops on plain tensors, and the registry of their implementations."""
 
-from teint8.ops import cpu, cpu_conv, cuda
+from teint8.ops import cpu, cpu_conv, cuda, plain
 from teint8.ops.activate import activate
 from teint8.ops.attention import attention
 from teint8.ops.conv import conv, conv_problem
@@ -13,6 +13,7 @@ from teint8.ops.raw import int8_mm, quantize
 from teint8.ops.raw_both import quantize_both
 from teint8.ops.registry import Implementation, Problem, describe, implementations, register, select
 
+plain.register_all()
 cpu.register_all()
 cpu_conv.register_all()
 cuda.register_all()

@@ -96,6 +96,12 @@ def _attention(*args: Any) -> Tensor:
     return attention.attention(*args)
 
 
+def _rotate(*args: Any) -> list[Tensor]:
+    from teint8.kernels import rotate
+
+    return rotate.rotate(*args)
+
+
 def _hopper(
     xq: Tensor, xs: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None, dtype: torch.dtype, residual: Tensor | None = None
 ) -> Tensor:
@@ -214,6 +220,8 @@ def register_all() -> None:
     register("block_mm", "triton-interpreter", _block_mm, device="cpu", priority=-1, why_not=reasons.kernel_why_not)
     register("norm", "triton", _norm, device="cuda", priority=20, why_not=reasons.norm_why_not)
     register("norm", "triton-interpreter", _norm, device="cpu", priority=-1, why_not=reasons.norm_why_not)
+    register("rotate", "triton", _rotate, device="cuda", priority=20, why_not=reasons.rotate_why_not)
+    register("rotate", "triton-interpreter", _rotate, device="cpu", priority=-1, why_not=reasons.rotate_why_not)
     register("linear", "triton", _linear, device="cuda", priority=20, why_not=reasons.kernel_why_not)
     register("linear", "triton-gemv", _few, device="cuda", priority=30, why_not=reasons.few_why_not)
     register("mlp", "triton-hopper", _hopper_mlp, device="cuda", priority=25, why_not=reasons.hopper_mlp_why_not)

@@ -12,6 +12,7 @@ from teint8.ops.registry import Problem
 FEW_ROWS = 4
 """Up to this many rows a matmul is bound by reading its weight."""
 _WIDEST_NORM = 16384
+_WIDEST_ROW = 16384
 _WIDEST_HEAD = 256
 _MOST_TILES = 65535  # of the second and third dimension of a grid
 
@@ -35,6 +36,15 @@ def norm_why_not(problem: Problem) -> str | None:
     """A norm: rows that registers hold."""
     reason = kernel_why_not(problem)
     return reason or (f"K is {problem.k}; a row of up to {_WIDEST_NORM} is held in registers" if problem.k > _WIDEST_NORM else None)
+
+
+def rotate_why_not(problem: Problem) -> str | None:
+    """Rotation with its codes: rows that registers hold, in float32."""
+    if problem.dtype == torch.float64:
+        return "x is float64, and is rotated as that"
+    if problem.k > _WIDEST_ROW:
+        return f"K is {problem.k}; a row of up to {_WIDEST_ROW} is held in registers"
+    return kernel_why_not(problem)
 
 
 def _interpreting() -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 from teint8 import _torch, numerics
 from teint8.ops.blocks import block_linear, has_blocks
 from teint8.ops.linear_function import How, Linear
-from teint8.ops.raw import fused_linear, quantize
+from teint8.ops.raw import fused_linear, int8_mm, quantize
 from teint8.ops.raw_blocks import quantize_blocks
 from teint8.ops.raw_both import quantize_both
 from teint8.ops.shared import Shared
@@ -102,6 +102,7 @@ def linear(
     impl: str = "",
     dtype: torch.dtype | None = None,
     shared: Shared | None = None,
+    x_codes: tuple[Tensor, ...] | None = None,
     weight_codes: tuple[Tensor, ...] | None = None,
 ) -> Tensor:
     """``x @ weight^T + bias`` in INT8 by the numerics contract, with STE derivatives (Bengio et al., 2013).
@@ -124,6 +125,7 @@ def linear(
         impl: name of an implementation, "reference" for plain torch; "" for the best.
         dtype: of the result; that of x unless given (torch.autocast gives it).
         shared: where codes of activations are kept, for calls that share one.
+        x_codes: codes (..., K) and scales (...) of what takes the place of x, if they were made before; without derivatives alone.
         weight_codes: what ``weight_codes_of`` made of a float weight, if that was done before.
 
     Returns:
@@ -141,6 +143,8 @@ def linear(
         tensor([[11.0157]])
 
     """
+    if x_codes is not None:
+        _check_codes(x, weight, bias, x_codes, weight_granularity, activation)
     if has_blocks(weight, weight_granularity, activation):
         return _by_block(
             x, weight, bias, weight_granularity, activation, gradient, gradient_granularity, wgrad, impl, dtype, weight_codes
@@ -156,19 +160,35 @@ def linear(
         w = None
         codes = wq, ws = packed.rows()
         _check(x, wq, packed.dtype, bias, dtype)
+    if x_codes is not None:
+        return int8_mm(x_codes[0], x_codes[1], wq, ws, bias, dtype or x.dtype, impl)
     waits = shared is not None and shared.holds(x, (False, wq.ndim > 2, impl))  # of a norm, or of another linear
     if activation == "row" and not static and not impl and not waits and not differentiates(x, w, bias):  # type: ignore[arg-type]
         fused = fused_linear(x, wq, ws, bias, dtype or x.dtype)
         if fused is not None:
             return fused
     flat = x if wq.ndim > 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    x_codes = None
     if shared is not None and activation == "row" and scale is None:
         columns = bool(gradient) and wgrad == "int8" and w is not None and differentiates(w)  # type: ignore[arg-type]
         how = (columns, wq.ndim > 2, impl)
         x_codes = shared.codes(x, how, lambda: _activation_codes(flat.detach(), "row", None, columns, impl))
     y: Tensor = _linear(flat, w, bias, x_codes, codes, activation or "", scale, gradient or "", wgrad, impl, dtype or x.dtype)
     return y if wq.ndim > 2 else y.reshape(*x.shape[:-1], wq.shape[-2])
+
+
+def _check_codes(x: Tensor, weight: Any, bias: Any, codes: tuple[Tensor, ...], granularity: str, activation: str | None) -> None:
+    """Raise for codes of x that were made before and cannot be used."""
+    if activation != "row" or has_blocks(weight, granularity, activation):
+        raise ValueError(
+            f"linear: x_codes were given, which are by row, but activation is {activation!r}, the weight's {granularity!r}"
+        )
+    if len(codes) != 2 or codes[0].shape != x.shape or codes[1].shape != x.shape[:-1]:
+        shapes = [tuple(t.shape) for t in codes]
+        raise ValueError(
+            f"linear: x has shape {tuple(x.shape)} but x_codes {shapes}; {tuple(x.shape)} and {tuple(x.shape[:-1])} are needed"
+        )
+    if differentiates(x, None if isinstance(weight, QTensor) else weight, bias):
+        raise ValueError("linear: a derivative was asked for, and x_codes are no function of x: leave them out, or use torch.no_grad()")
 
 
 def _by_block(

@@ -33,6 +33,8 @@ Ops and what their implementations are called with (always these shapes; broadca
               scale, dtype) -> (B, H, M, E)``: as ``attentions.value``; m counts rows, n keys, k is D, batch B * H, extra (E,).
 ``block_mm``  ``run(xq (M, K), xs (M, B), wq (N, K), ws (N, B), bias (N,) | None, block, dtype) -> (M, N)``: as
               ``numerics.int8_block_mm``; extra is (block,).
+``rotate``    ``run(x (M, K) float, smoothing (K,) | None, block, codes) -> [values]``, or ``[codes, scale]``: as
+              ``ops.rotation.conditioned_codes``, values in float32 (float64 of float64); extra is (block,).
 
 No size is 0: empty problems are answered before an implementation is looked for.
 """
@@ -42,8 +44,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-
-from teint8 import activations, norms, numerics
 
 OPS = (
     "quantize",
@@ -58,6 +58,7 @@ OPS = (
     "quantize_channels",
     "attention",
     "block_mm",
+    "rotate",
 )
 
 
@@ -289,62 +290,3 @@ def why_not(implementation: Implementation, problem: Problem) -> str | None:
     if implementation.device and implementation.device != problem.device:
         return f"it runs on {implementation.device}, not on {problem.device}"
     return implementation.why_not(problem)
-
-
-def _reference_quantize(x: torch.Tensor, seed: torch.Tensor | None, scale: torch.Tensor | None) -> Any:
-    return numerics.quantize(x, seed) if scale is None else numerics.quantize_static(x, scale)
-
-
-def _reference_both(x: torch.Tensor, seed: torch.Tensor | None) -> Any:
-    return _both(x, seed, _reference_quantize)
-
-
-def _composed_both(x: torch.Tensor, seed: torch.Tensor | None) -> Any:
-    return _both(x, seed, _best_quantize)
-
-
-def _both(x: torch.Tensor, seed: torch.Tensor | None, quantize: Callable[..., Any]) -> Any:
-    m, k = x.shape[-2:]
-    codes, scale = quantize(x.reshape(-1, k), seed, None)
-    tcodes, tscale = quantize(x.mT.reshape(-1, m), None if seed is None else seed ^ 1, None)
-    return codes.view(x.shape), scale.view(x.shape[:-1]), tcodes.view(x.mT.shape), tscale.view(x.mT.shape[:-1])
-
-
-def _best_quantize(x: torch.Tensor, seed: torch.Tensor | None, scale: torch.Tensor | None) -> Any:
-    problem = Problem(x.device.type, x.dtype, 1, x.shape[0], 0, x.shape[1])
-    return select("quantize", problem).run(x, seed, scale)
-
-
-def _activation(quantize: Callable[..., Any]) -> Callable[..., list[torch.Tensor]]:
-    """The activation in plain torch, its results quantized by a function that quantizes rows."""
-
-    def run(
-        g: Any, u: Any, d: Any, kind: str, rows: bool, columns: bool, values: bool, value_columns: bool, seed: Any
-    ) -> list[torch.Tensor]:
-        results = [activations.value(kind, g, u)] if d is None else [r for r in activations.gradient(kind, g, u, d) if r is not None]
-        out: list[torch.Tensor] = []
-        for i, x in enumerate(results):
-            codes, scale, tcodes, tscale = _both(x, None if seed is None else seed + 2 * i, quantize)
-            out += [x] * values + [codes, scale] * rows + [tcodes, tscale] * columns
-        return [*out, *_both(activations.value(kind, g, u), None, quantize)[2:]] if value_columns else out
-
-    return run
-
-
-def _norm(quantize: Callable[..., Any]) -> Callable[..., list[torch.Tensor]]:
-    def run(x: Any, residual: Any, weight: Any, bias: Any, kind: str, eps: float, codes: bool, values: bool) -> list[torch.Tensor]:
-        total = x if residual is None else x + residual
-        y = norms.value(kind, total, weight, bias, eps)
-        return [total] * (residual is not None) + [y] * values + (list(quantize(y, None, None)) if codes else [])
-
-    return run
-
-
-register("norm", "reference", _norm(_reference_quantize))
-register("norm", "composed", _norm(_best_quantize), priority=5)
-register("quantize_both", "reference", _reference_both)
-register("quantize_both", "composed", _composed_both, priority=5)
-register("activation", "reference", _activation(_reference_quantize))
-register("activation", "composed", _activation(_best_quantize), priority=5)
-register("quantize", "reference", _reference_quantize)
-register("int8_mm", "reference", numerics.int8_mm)

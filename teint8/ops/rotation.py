@@ -5,7 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from teint8.ops.raw import front
+from teint8 import numerics
+from teint8.ops import registry
+from teint8.ops.raw import front, quantize
+from teint8.ops.registry import Problem
 
 _library = torch.library.Library("teint8", "FRAGMENT")
 # an op of its own: Inductor would write each sum out to its leaves, block of them, and compile for minutes
@@ -13,6 +16,15 @@ _library.define("hadamard(Tensor x, int block) -> Tensor")
 
 
 def _hadamard(x: Tensor, block: int) -> Tensor:
+    if x.dtype in (torch.float16, torch.bfloat16) or x.numel() == 0 or block == 1:
+        return _butterflies(x, block)
+    rows = x.detach().reshape(-1, x.shape[-1])
+    out: list[Tensor] = registry.select("rotate", _problem(rows, block)).run(rows, None, block, False)
+    return out[0].view(x.shape)
+
+
+def _butterflies(x: Tensor, block: int) -> Tensor:
+    """Sums and differences of neighbours, of neighbouring pairs, and so on, in the dtype of x."""
     y = x.detach().clone(memory_format=torch.contiguous_format)
     span = 1
     while span < block:
@@ -25,6 +37,54 @@ def _hadamard(x: Tensor, block: int) -> Tensor:
     return y
 
 
+def _problem(x: Tensor, block: int) -> Problem:
+    return Problem(x.device.type, x.dtype, 1, x.shape[0], 0, x.shape[1], (block,))
+
+
+def divided(x: Tensor, smoothing: Tensor) -> Tensor:
+    """x (..., K) by powers of two (K,): in its dtype, but halves in float32, which hold what a half would round."""
+    x = x.float() if x.dtype == torch.float16 else x
+    return x * smoothing.detach().reciprocal().to(x.dtype)
+
+
+def conditioned_codes(x: Tensor, smoothing: Tensor | None, block: int) -> tuple[Tensor, Tensor]:
+    """Codes and scales of x (..., K) divided by ``smoothing`` and rotated, in one kernel where there is one; no gradient flows.
+
+    The bits of ``quantize`` of what was divided and rotated before. For real tensors only: nothing that is traced or transformed.
+
+    Args:
+        x: any float dtype, not empty.
+        smoothing: float32 powers of two (K,), or None.
+        block: as for ``hadamard``; 0 for no rotation.
+
+    Returns:
+        int8 codes (..., K) and float32 scales (...).
+
+    Examples:
+        >>> codes, scale = conditioned_codes(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), None, 4)
+        >>> codes.tolist(), scale * 127
+        ([[127, -25, -51, 0]], tensor([10.]))
+
+    """
+    rows = x.detach().reshape(-1, x.shape[-1])
+    given = None if smoothing is None else smoothing.detach()
+    codes, scale = registry.select("rotate", _problem(rows, block)).run(rows, given, block, True)
+    return codes.view(x.shape), scale.view(x.shape[:-1])
+
+
+def _by(quantize: Any) -> Any:
+    """The op ``rotate`` in plain torch, its codes by ``quantize``."""
+
+    def run(x: Tensor, smoothing: Tensor | None, block: int, codes: bool) -> list[Tensor]:
+        y = x if smoothing is None else divided(x, smoothing)
+        y = _butterflies(y if y.dtype == torch.float64 else y.float(), block) if block else y
+        return list(quantize(y)) if codes else [y]
+
+    return run
+
+
+registry.register("rotate", "reference", _by(numerics.quantize))
+registry.register("rotate", "composed", _by(quantize), priority=5)
 _library.impl("hadamard", _hadamard, "CompositeExplicitAutograd")
 
 

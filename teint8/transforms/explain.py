@@ -14,6 +14,8 @@ from teint8.transforms.receipt import Receipt
 class _Measuring(BoundRoute):
     """Computes each call in float, too."""
 
+    measures = True
+
     def measure(self, fields: Any, y: Tensor, exact: Callable[[], Tensor], x: Tensor | None, group_dims: int, scale: Any) -> None:
         if self.receipt is None or _torch.in_transform() or not _torch.are_plain(y) or y.is_meta:
             return  # there are no values to look at

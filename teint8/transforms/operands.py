@@ -19,6 +19,8 @@ class Operand(NamedTuple):
         static: the static scale of the activation that meets a float weight, or None.
         conditioning: what its activation goes through before it is quantized, or None.
 
+        x_codes: codes and scales of the activation that it meets, where they were made in its basis already.
+
     """
 
     value: Tensor | QTensor
@@ -27,3 +29,4 @@ class Operand(NamedTuple):
     held: Any = None
     static: Tensor | None = None
     conditioning: Conditioned | None = None
+    x_codes: tuple[Tensor, Tensor] | None = None

@@ -24,9 +24,11 @@ class Recording:
     Attributes:
         strict: raise where a rule wants INT8 and the call cannot run so.
         receipt: where calls are noted, or None.
+        measures: whether ``measure`` looks at values.
 
     """
 
+    measures = False
     strict: bool
     receipt: Receipt | None
 

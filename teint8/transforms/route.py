@@ -1,7 +1,6 @@
 """Routing: a TorchFunctionMode that sees each call of a program and takes over the matmuls that a rule wants in INT8."""
 
 import copy
-import dataclasses
 import sys
 import threading
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from teint8.ops.conv_layout import contracted
 from teint8.ops.shared import Shared
 from teint8.policy import Policy, Rule
 from teint8.qtensor import QTensor
-from teint8.transforms import apart, shapes
+from teint8.transforms import apart, basis, shapes
 from teint8.transforms.calls import HANDLERS, know_transformers
 from teint8.transforms.convolutions import Convolution
 from teint8.transforms.costs import activation_of, exact_product
@@ -186,7 +185,7 @@ class Route(Recording, TorchFunctionMode):
 
         """
         if weight.conditioning is not None:
-            return self._conditioned(op, x, weight, axis, bias, float_call, rows, ends)
+            return basis.multiply(self, op, x, weight, axis, bias, float_call, rows, ends)
         x = self.plain(x)
         path = self.path(weight)
         rule = self.rule(path, op)
@@ -234,6 +233,7 @@ class Route(Recording, TorchFunctionMode):
             bias,
             **self._how(rule, x, impl),
             activation_scale=weight.static,
+            x_codes=weight.x_codes,
             weight_codes=None if rows is not None else self.weight_codes(weight, value, axis, rule, cut),
         )
         y = y if cut is None else y[..., cut]
@@ -241,30 +241,6 @@ class Route(Recording, TorchFunctionMode):
             seen, scale = activation_of(x, rule, weight)
             self.measure(fields, y, lambda: exact_product(x, whole, axis, bias, channels), seen, *scale)
         return y
-
-    def _conditioned(self, op: str, x: Any, weight: Operand, axis: int, bias: Any, float_call: Any, rows: Any, ends: Any) -> Any:
-        """x by a weight whose activation is conditioned: the same call in the other basis."""
-        conditioning = weight.conditioning
-        assert conditioning is not None
-        if not conditioning.changes_basis:
-            plain = weight._replace(static=conditioning.activation_scale, conditioning=None)
-            return self.multiply(op, x, plain, axis, bias, float_call, rows, ends)
-        if ends is not None or (axis == -1) == weight.transposed:
-            raise ValueError(f"{weight.path} is {conditioning!r}, for a weight (N, K) of a linear; this call uses it otherwise")
-        x = self.plain(x)
-        inside = conditioning.apply(x)
-        value: Any = conditioning.weight if isinstance(conditioning.weight, QTensor) else conditioning.conditioned()
-        if isinstance(value, QTensor) and inside.dtype != x.dtype == value.dtype:  # a wider one is left by what was done to x
-            value = dataclasses.replace(value, dtype=inside.dtype)
-        whole = weight._replace(value=value, transposed=False, static=conditioning.activation_scale, conditioning=None)
-
-        def in_float() -> Any:
-            y = torch.matmul(inside, (value.dequantize() if isinstance(value, QTensor) else value)[rows or slice(None)].mT)
-            return y if bias is None else y + bias
-
-        y = self.multiply(op, inside, whole, -1, bias, in_float, rows, ends).to(autocast_dtype(x) or x.dtype)
-        aside = conditioning.aside(x, rows)
-        return y if aside is None else y + aside
 
     def convolve(self, call: Convolution, weight: Operand, float_call: Callable[[], Any]) -> Any:
         """A convolution: INT8, or ``float_call``."""
