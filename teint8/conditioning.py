@@ -96,11 +96,14 @@ class Conditioned:
             x = divided(x, self.smoothing)
         return hadamard(_wide(x), self.rotation) if self.rotation else x
 
-    def codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes (..., K) and scales (...) of ``apply(x)``, in one kernel where there is one; for real tensors, not empty ones."""
+    def codes(self, x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Codes (..., K) and scales (...) of ``apply(x)``, in one kernel where there is one; for real tensors, not empty ones.
+
+        With a static ``scale``, one number, by that.
+        """
         if self.outliers:
             x = x.index_fill(-1, self._index(x), 0)
-        return conditioned_codes(x, self.smoothing, self.rotation)
+        return conditioned_codes(x, self.smoothing, self.rotation, scale)
 
     def conditioned(self) -> Tensor:
         """The weight (N, K) that meets ``apply(x)``, in the dtype of that."""

@@ -8,7 +8,7 @@ from contract import different
 from torch import nn
 
 import teint8
-from teint8 import Conditioned, ops
+from teint8 import Conditioned, Policy, Quant, Rule, ops
 from teint8.ops import registry
 from teint8.ops.registry import Problem
 from teint8.ops.rotation import conditioned_codes, divided, hadamard
@@ -44,21 +44,22 @@ def operands(m: int, k: int, block: int, smoothed: bool, dtype: torch.dtype, fla
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("flavour", ["normal", "nan", "small", "zeros"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "-".join(map(str, s[:4])))
-@pytest.mark.parametrize("codes", [True, False])
-def test_every_implementation_has_the_bits_of_the_reference(shape, flavour: str, codes: bool, device: str) -> None:
+@pytest.mark.parametrize("codes", [True, False, "static"])
+def test_every_implementation_has_the_bits_of_the_reference(shape, flavour: str, codes: bool | str, device: str) -> None:
     x, smoothing = operands(*shape, flavour)
     block = shape[2]
     problem = Problem(device, x.dtype, 1, shape[0], 0, shape[1], (block,))
     reference = next(i for i in registry.implementations("rotate") if i.name == "reference")
-    want = reference.run(x, smoothing, block, codes)
+    scale = torch.full((shape[0],), 0.05) if codes == "static" else None
+    want = reference.run(x, smoothing, block, bool(codes), scale)
     runs = [i for i in registry.implementations("rotate") if registry.why_not(i, problem) is None and i is not reference]
     names = {i.name for i in runs}
     fits = x.dtype != torch.float64 and shape[1] <= 16384 and (device == "cuda" or not CUDA)
     assert "composed" in names and (("triton" if device == "cuda" else "triton-interpreter") in names) is fits
-    x, smoothing = x.to(device), None if smoothing is None else smoothing.to(device)
+    x, smoothing, scale = (None if t is None else t.to(device) for t in (x, smoothing, scale))
     for run in runs:
         for given in (x, torch.cat([x, x], 1)[:, : shape[1]], x.t().contiguous().t()):  # rows apart, and columns
-            got = run.run(given, smoothing, block, codes)
+            got = run.run(given, smoothing, block, bool(codes), scale)
             assert len(got) == len(want)
             for a, b in zip(got, want, strict=True):
                 # without a rotation values are those of the division, in its dtype
@@ -131,6 +132,19 @@ def test_packed_linears_take_codes_alone_and_share_them(way: str, device: str, m
     grad = torch.autograd.grad(qfn(packed, x).square().sum(), x)[0]
     want_grad = torch.autograd.grad(qfn({n: teint8.unpack({n: p})[n] for n, p in packed.items()}, x).square().sum(), x)[0]
     assert float(grad.norm()) > 0 and float((grad - want_grad).norm() / want_grad.norm()) < 0.05
+
+
+def test_static_scales_too(device: str, monkeypatch) -> None:
+    model, x = Projections().to(device), torch.randn(2, 7, 32, device=device)
+    params = {n: Conditioned(p.detach(), rotation=16) if n.endswith("weight") else p.detach() for n, p in model.named_parameters()}
+    qfn = teint8.quantize(model, Policy([Rule(activation=Quant(scale="static"))]))
+    ready = teint8.with_scales(params, teint8.scales(teint8.calibrate(qfn, params, [x], progress=False)))
+    packed = teint8.pack(qfn, ready)
+    want = [qfn(ready, x), qfn(ready, 3 * x)]
+    counting = Counting(monkeypatch, device)
+    with torch.no_grad():
+        assert different(qfn(packed, x), want[0]) == 0 and different(qfn(packed, 3 * x), want[1]) == 0  # clipped
+    assert counting.calls == 6
 
 
 def test_an_edited_smoothing_is_no_longer_shared(device: str) -> None:

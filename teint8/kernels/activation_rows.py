@@ -9,9 +9,9 @@ from torch import Tensor
 
 from teint8.kernels.activation import INTERPRETING, rounded
 from teint8.kernels.launch import Launch, alignment, on
-from teint8.kernels.quantize import code_bits, mixed_seed, noise_key, noise_of, shrunk
+from teint8.kernels.quantize import code_bits, mixed_seed, noise_key, noise_of, scale_and_multiplier, shrunk
 from teint8.kernels.quantize_both import alike, dense
-from teint8.kernels.quantize_both_kernels import _bits, _larger, _scale_and_multiplier, _source, _top
+from teint8.kernels.quantize_both_kernels import _bits, _larger, _source, _top
 
 # elements of a row and warps of a program. Values alone go by blocks that leave few lanes idle; codes want the whole row in registers
 # (two gradients of 14336 features: 1.04 ms of an H100, in blocks of 4096 that are read twice 1.23 ms); a longer row is read twice
@@ -27,7 +27,7 @@ def _finish(
     if VALUES:
         tl.store(value_ptr + n, x.to(value_ptr.dtype.element_ty), mask=inside)
     if CODES:
-        multiplier = shrunk(_scale_and_multiplier(_bits(top, DTYPE))[1], STOCHASTIC)
+        multiplier = shrunk(scale_and_multiplier(_bits(top, DTYPE))[1], STOCHASTIC)
         noise = noise_of(noise_key(mixed_seed(seed), row), noise_key(mixed_seed(seed ^ 1), n)) if STOCHASTIC else x
         q = code_bits(x, multiplier, noise, STOCHASTIC)
         tl.store(codes_ptr + n, tl.where(multiplier != 0, q, 0).to(tl.int8), mask=inside)
@@ -75,9 +75,9 @@ def _activation_rows_kernel(
                 _finish(second, top1, at, at < N, codes1_ptr + out, value1_ptr, row, seed + 2, dtype, CODES, VALUES, STOCHASTIC)
     if CODES:
         one = tl.arange(0, 1)
-        tl.store(scale0_ptr + batch * M + row + one, _scale_and_multiplier(_bits(top0, dtype))[0])
+        tl.store(scale0_ptr + batch * M + row + one, scale_and_multiplier(_bits(top0, dtype))[0])
         if OUTPUTS == 2:
-            tl.store(scale1_ptr + batch * M + row + one, _scale_and_multiplier(_bits(top1, dtype))[0])
+            tl.store(scale1_ptr + batch * M + row + one, scale_and_multiplier(_bits(top1, dtype))[0])
 
 
 class Rows(NamedTuple):

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from teint8.kernels.activation import INTERPRETING, rounded, value_and_slope
 from teint8.kernels.launch import Launch, alignment, on
-from teint8.kernels.quantize import code_bits
-from teint8.kernels.quantize_both_kernels import _bits, _larger, _scale_and_multiplier, _top
+from teint8.kernels.quantize import code_bits, scale_and_multiplier
+from teint8.kernels.quantize_both_kernels import _bits, _larger, _top
 
 MAX_ROWS = 4
 
@@ -44,7 +44,7 @@ def _row_scale(x_ptr, xs_ptr, m, K, stride_xm, QUANTIZE: tl.constexpr, BLOCK: tl
     n = tl.arange(0, BLOCK)
     for k in range(0, K, BLOCK):
         top = _larger(top, tl.abs(tl.load(x_ptr + m * stride_xm + k + n, mask=k + n < K, other=0.0).to(tl.float32)))
-    return _scale_and_multiplier(_bits(_top(top, 0), x_ptr.dtype.element_ty))
+    return scale_and_multiplier(_bits(_top(top, 0), x_ptr.dtype.element_ty))
 
 
 @triton.jit

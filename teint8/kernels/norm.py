@@ -8,8 +8,8 @@ from torch import Tensor
 from teint8.kernels.activation import INTERPRETING, rounded_pairs
 from teint8.kernels.int8_mm import major_of
 from teint8.kernels.launch import Launch, alignment, on
-from teint8.kernels.quantize import code_bits
-from teint8.kernels.quantize_both_kernels import _bits, _scale_and_multiplier, _top
+from teint8.kernels.quantize import code_bits, scale_and_multiplier
+from teint8.kernels.quantize_both_kernels import _bits, _top
 
 
 @triton.jit
@@ -85,7 +85,7 @@ def _norm_kernel(
     if CODES:
         # past the end y is no number of the row
         top = _top(y if EVEN else tl.where(inside, y, 0.0), 0)
-        scale, multiplier = _scale_and_multiplier(_bits(top + tl.zeros((1,), tl.float32), DTYPE))
+        scale, multiplier = scale_and_multiplier(_bits(top + tl.zeros((1,), tl.float32), DTYPE))
         tl.store(scale_ptr + row + tl.arange(0, 1), scale)
         if tl.max(multiplier, 0) != 0:
             tl.store(codes_ptr + row * N + n, code_bits(y, multiplier, y, False).to(tl.int8), mask=inside)

@@ -73,13 +73,36 @@ def shrunk(multiplier, STOCHASTIC: tl.constexpr):
 
 
 @triton.jit
-def _codes(x, multiplier, row_key, mixed, columns, STOCHASTIC: tl.constexpr, STATIC: tl.constexpr):
+def codes_of(x, multiplier, row_key, mixed, columns, STOCHASTIC: tl.constexpr, STATIC: tl.constexpr):
+    """Codes of x, 0 where the multiplier is 0; keys of rows and columns for stochastic rounding alone."""
     if STATIC:  # what lies beyond the given scale is clipped
         codes = code_bits(tl.minimum(tl.maximum(x * multiplier, -127.0), 127.0), 1.0, x, False)
     else:
         noise = noise_of(row_key, noise_key(mixed, columns)) if STOCHASTIC else x
         codes = code_bits(x, multiplier, noise, STOCHASTIC)
     return tl.where(multiplier != 0, codes, 0).to(tl.int8)
+
+
+@triton.jit
+def scale_and_multiplier(top):
+    """Scale and multiplier of a group from the bits of its absmax, as ``numerics.scale_of`` and ``multiplier_of``."""
+    absmax = top.to(tl.float32, bitcast=True)
+    finite = top < 0x7F800000
+    usable = finite & (absmax >= 7.888609052210118e-31)  # 2^-100
+    divisor = tl.where(usable, absmax, 127.0)
+    full = tl.full(top.shape, 127.0, tl.float32)
+    multiplier = tl.where(usable, tl.div_rn(full, divisor), 0.0)
+    scale = tl.where(usable, tl.div_rn(divisor, full), tl.where(finite, 0.0, float("nan")))
+    return scale, multiplier
+
+
+@triton.jit
+def static_scale_and_multiplier(top, given):
+    """The same of a group that has a scale, as ``numerics.quantize_static``: NaN where its absmax is not finite."""
+    usable = (top < 0x7F800000) & (given > 0)
+    scale = tl.where(usable | (given == 0), given, float("nan"))
+    quotient = tl.div_rn(tl.full(top.shape, 1.0, tl.float32), tl.where(usable, given, 1.0))
+    return scale, tl.where(usable, quotient, 0.0)
 
 
 @triton.jit
@@ -104,21 +127,11 @@ def _quantize_kernel(
             x = tl.load(x_ptrs + k, mask=in_m[:, None] & (k + columns < K), other=0.0).to(tl.float32)
             tops = tl.maximum(tops, x.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
         top = tl.max(tops, 1)
-    absmax = top.to(tl.float32, bitcast=True)
-    finite = top < 0x7F800000
     if STATIC:
-        given = tl.load(given_ptr + rows, mask=in_m, other=1.0)
-        usable = finite & (given > 0)
-        scale = tl.where(usable | (given == 0), given, float("nan"))
-        divisor = tl.where(usable, given, 1.0)
-        quotient = tl.div_rn(tl.full((BLOCK_M,), 1.0, tl.float32), divisor)
+        scale, multiplier = static_scale_and_multiplier(top, tl.load(given_ptr + rows, mask=in_m, other=1.0))
     else:
-        usable = finite & (absmax >= 7.888609052210118e-31)  # 2^-100
-        divisor = tl.where(usable, absmax, 127.0)
-        quotient = tl.div_rn(tl.full((BLOCK_M,), 127.0, tl.float32), divisor)
-        ratio = tl.div_rn(divisor, tl.full((BLOCK_M,), 127.0, tl.float32))
-        scale = tl.where(usable, ratio, tl.where(finite, 0.0, float("nan")))
-    multiplier = shrunk(tl.where(usable, quotient, 0.0), STOCHASTIC)[:, None]
+        scale, multiplier = scale_and_multiplier(top)
+    multiplier = shrunk(multiplier, STOCHASTIC)[:, None]
     tl.store(scale_ptr + rows, scale, mask=in_m)
     key = tl.zeros((BLOCK_M, 1), tl.uint32)
     mixed = key
@@ -127,13 +140,13 @@ def _quantize_kernel(
         key = noise_key(mixed_seed(seed), rows % rows_per_seed)[:, None]
         mixed = mixed_seed(seed ^ 1)[:, None]
     if ONE_BLOCK:
-        q = _codes(x, multiplier, key, mixed, columns, STOCHASTIC, STATIC)
+        q = codes_of(x, multiplier, key, mixed, columns, STOCHASTIC, STATIC)
         tl.store(codes_ptrs, q, mask=in_m[:, None] & (columns < K))
     else:
         for k in range(0, K, BLOCK_K):
             inside = in_m[:, None] & (k + columns < K)
             x = tl.load(x_ptrs + k, mask=inside, other=0.0).to(tl.float32)
-            tl.store(codes_ptrs + k, _codes(x, multiplier, key, mixed, k + columns, STOCHASTIC, STATIC), mask=inside)
+            tl.store(codes_ptrs + k, codes_of(x, multiplier, key, mixed, k + columns, STOCHASTIC, STATIC), mask=inside)
 
 
 _launch = Launch(_quantize_kernel)

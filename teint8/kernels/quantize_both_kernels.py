@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from teint8.kernels.activation import pack4, rounded, value_and_slope
-from teint8.kernels.quantize import code_bits, mixed_seed, noise_key, noise_of, shrunk
+from teint8.kernels.quantize import code_bits, mixed_seed, noise_key, noise_of, scale_and_multiplier, shrunk
 
 
 @triton.jit
@@ -61,25 +61,12 @@ def _bits(absmax, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _scale_and_multiplier(top):
-    """Scale and multiplier of a group from the bits of its absmax, as ``numerics.scale_of`` and ``multiplier_of``."""
-    absmax = top.to(tl.float32, bitcast=True)
-    finite = top < 0x7F800000
-    usable = finite & (absmax >= 7.888609052210118e-31)  # 2^-100
-    divisor = tl.where(usable, absmax, 127.0)
-    full = tl.full(top.shape, 127.0, tl.float32)
-    multiplier = tl.where(usable, tl.div_rn(full, divisor), 0.0)
-    scale = tl.where(usable, tl.div_rn(divisor, full), tl.where(finite, 0.0, float("nan")))
-    return scale, multiplier
-
-
-@triton.jit
 def _finish(tops_ptr, scale_ptr, first, index, inside, seed, COUNT, STOCHASTIC: tl.constexpr):
     """Of groups whose absmax is known: scales, multipliers COUNT behind them, keys of noise behind these, and zeros for absmax."""
     at = first + index
     top = tl.load(tops_ptr + at, mask=inside, other=0, cache_modifier=".cg")
     tl.debug_barrier()  # several threads may hold an element: each has read it before one writes the zero
-    scale, multiplier = _scale_and_multiplier(top)
+    scale, multiplier = scale_and_multiplier(top)
     tl.store(scale_ptr + at, scale, mask=inside)
     tl.store(scale_ptr + COUNT + at, shrunk(multiplier, STOCHASTIC), mask=inside)
     if STOCHASTIC:

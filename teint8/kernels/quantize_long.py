@@ -6,8 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from teint8.kernels.launch import Launch, alignment, on
-from teint8.kernels.quantize import code_bits
-from teint8.kernels.quantize_both_kernels import _scale_and_multiplier
+from teint8.kernels.quantize import code_bits, scale_and_multiplier
 
 BLOCK, SPAN = 4096, 4
 """Values that a program holds at once, and how often it does so for the largest."""
@@ -30,7 +29,7 @@ def _known_kernel(x_ptr, tops_ptr, codes_ptr, scale_ptr, N, stride_xm, BLOCK: tl
     """Codes of rows whose absmax is known."""
     m = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    scale, multiplier = _scale_and_multiplier(tl.load(tops_ptr + m + tl.arange(0, 1)))
+    scale, multiplier = scale_and_multiplier(tl.load(tops_ptr + m + tl.arange(0, 1)))
     x = tl.load(x_ptr + m * stride_xm + n, mask=n < N, other=0.0).to(tl.float32)
     q = tl.where(multiplier != 0, code_bits(x, multiplier, x, False), 0)
     tl.store(codes_ptr + m * N + n, q.to(tl.int8), mask=n < N)

@@ -6,13 +6,14 @@ import triton.language as tl
 from torch import Tensor
 
 from teint8.kernels.launch import Launch, alignment, on
-from teint8.kernels.quantize import code_bits
+from teint8.kernels.quantize import codes_of, scale_and_multiplier, static_scale_and_multiplier
 
 
 @triton.jit
 def _rotate_kernel(
-    x_ptr, smoothing_ptr, value_ptr, codes_ptr, scale_ptr, M, K, stride_xm,
-    SMOOTHED: tl.constexpr, LEVELS: tl.constexpr, CODES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    x_ptr, smoothing_ptr, given_ptr, value_ptr, codes_ptr, scale_ptr, M, K, stride_xm,
+    SMOOTHED: tl.constexpr, LEVELS: tl.constexpr, CODES: tl.constexpr, STATIC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_K)
@@ -27,18 +28,13 @@ def _rotate_kernel(
         x = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 1, 3, 2)), (BLOCK_M, BLOCK_K))
     at = rows[:, None] * K + columns[None, :]
     if CODES:
-        # absmax by its bits: a NaN is above infinity, which is above every number
-        top = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
-        absmax = top.to(tl.float32, bitcast=True)
-        finite = top < 0x7F800000
-        usable = finite & (absmax >= 7.888609052210118e-31)  # 2^-100
-        divisor = tl.where(usable, absmax, 127.0)
-        full = tl.full((BLOCK_M,), 127.0, tl.float32)
-        scale = tl.where(usable, tl.div_rn(divisor, full), tl.where(finite, 0.0, float("nan")))
-        multiplier = tl.where(usable, tl.div_rn(full, divisor), 0.0)[:, None]
+        top = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)  # absmax by its bits: a NaN is above infinity
+        if STATIC:
+            scale, multiplier = static_scale_and_multiplier(top, tl.load(given_ptr + rows, mask=rows < M, other=1.0))
+        else:
+            scale, multiplier = scale_and_multiplier(top)
         tl.store(scale_ptr + rows, scale, mask=rows < M)
-        codes = tl.where(multiplier != 0, code_bits(x, multiplier, x, False), 0)
-        tl.store(codes_ptr + at, codes.to(tl.int8), mask=inside)
+        tl.store(codes_ptr + at, codes_of(x, multiplier[:, None], rows, rows, columns, False, STATIC), mask=inside)
     else:
         tl.store(value_ptr + at, x, mask=inside)
 
@@ -54,17 +50,17 @@ def tile_of(m: int, k: int, device: str) -> tuple[int, int, int]:
     return block_m, block_k, min(max(block_m * block_k // 512, 1), 16)
 
 
-def rotate(x: Tensor, smoothing: Tensor | None, block: int, codes: bool) -> list[Tensor]:
+def rotate(x: Tensor, smoothing: Tensor | None, block: int, codes: bool, scale: Tensor | None = None) -> list[Tensor]:
     """Values (M, K) in float32, or codes and scales, of x (M, K), as ``rotate`` in ``teint8.ops.registry``."""
     x = x if x.stride(1) == 1 else x.contiguous()
     (m, k), device = x.shape, x.device
     y = torch.empty((m, k), dtype=torch.int8 if codes else torch.float32, device=device)
-    scale = torch.empty((m,), dtype=torch.float32, device=device) if codes else y
-    given = scale if smoothing is None else smoothing.contiguous()
+    scales = torch.empty((m,), dtype=torch.float32, device=device) if codes else y
+    powers, given = (scales if t is None else t.contiguous() for t in (smoothing, scale))
     block_m, block_k, warps = tile_of(m, k, device.type)
-    constants = (smoothing is not None, max(block, 1).bit_length() - 1, codes, block_m, block_k)
-    key = (device.index, x.dtype, m, k, x.stride(0), constants, alignment(x, given, y, scale))
+    constants = (smoothing is not None, max(block, 1).bit_length() - 1, codes, scale is not None, block_m, block_k)
+    key = (device.index, x.dtype, m, k, x.stride(0), constants, alignment(x, powers, given, y, scales))
     with on(device):
-        _launch(key, (triton.cdiv(m, block_m), 1, 1), (x, given, y, y, scale, m, k, x.stride(0)), constants, num_warps=warps,
+        _launch(key, (triton.cdiv(m, block_m), 1, 1), (x, powers, given, y, y, scales, m, k, x.stride(0)), constants, num_warps=warps,
                 enable_fp_fusion=False)  # fmt: skip
-    return [y, scale] if codes else [y]
+    return [y, scales] if codes else [y]

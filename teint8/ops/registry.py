@@ -33,7 +33,7 @@ Ops and what their implementations are called with (always these shapes; broadca
               scale, dtype) -> (B, H, M, E)``: as ``attentions.value``; m counts rows, n keys, k is D, batch B * H, extra (E,).
 ``block_mm``  ``run(xq (M, K), xs (M, B), wq (N, K), ws (N, B), bias (N,) | None, block, dtype) -> (M, N)``: as
               ``numerics.int8_block_mm``; extra is (block,).
-``rotate``    ``run(x (M, K) float, smoothing (K,) | None, block, codes) -> [values]``, or ``[codes, scale]``: as
+``rotate``    ``run(x (M, K) float, smoothing (K,) | None, block, codes, scale (M,) | None) -> [values]``, or ``[codes, scale]``: as
               ``ops.rotation.conditioned_codes``, values in float32 (float64 of float64); extra is (block,).
 
 No size is 0: empty problems are answered before an implementation is looked for.

@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from teint8 import numerics
 from teint8.ops import registry
 from teint8.ops.raw import front, quantize
 from teint8.ops.registry import Problem
@@ -19,7 +18,7 @@ def _hadamard(x: Tensor, block: int) -> Tensor:
     if x.dtype in (torch.float16, torch.bfloat16) or x.numel() == 0 or block == 1:
         return _butterflies(x, block)
     rows = x.detach().reshape(-1, x.shape[-1])
-    out: list[Tensor] = registry.select("rotate", _problem(rows, block)).run(rows, None, block, False)
+    out: list[Tensor] = registry.select("rotate", _problem(rows, block)).run(rows, None, block, False, None)
     return out[0].view(x.shape)
 
 
@@ -47,7 +46,7 @@ def divided(x: Tensor, smoothing: Tensor) -> Tensor:
     return x * smoothing.detach().reciprocal().to(x.dtype)
 
 
-def conditioned_codes(x: Tensor, smoothing: Tensor | None, block: int) -> tuple[Tensor, Tensor]:
+def conditioned_codes(x: Tensor, smoothing: Tensor | None, block: int, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Codes and scales of x (..., K) divided by ``smoothing`` and rotated, in one kernel where there is one; no gradient flows.
 
     The bits of ``quantize`` of what was divided and rotated before. For real tensors only: nothing that is traced or transformed.
@@ -56,6 +55,7 @@ def conditioned_codes(x: Tensor, smoothing: Tensor | None, block: int) -> tuple[
         x: any float dtype, not empty.
         smoothing: float32 powers of two (K,), or None.
         block: as for ``hadamard``; 0 for no rotation.
+        scale: float32, one number, for static quantization.
 
     Returns:
         int8 codes (..., K) and float32 scales (...).
@@ -67,24 +67,25 @@ def conditioned_codes(x: Tensor, smoothing: Tensor | None, block: int) -> tuple[
 
     """
     rows = x.detach().reshape(-1, x.shape[-1])
-    given = None if smoothing is None else smoothing.detach()
-    codes, scale = registry.select("rotate", _problem(rows, block)).run(rows, given, block, True)
-    return codes.view(x.shape), scale.view(x.shape[:-1])
+    run = registry.select("rotate", _problem(rows, block)).run
+    powers, given = None if smoothing is None else smoothing.detach(), None if scale is None else scale.detach().expand(len(rows))
+    codes, scales = run(rows, powers, block, True, given)
+    return codes.view(x.shape), scales.view(x.shape[:-1])
 
 
 def _by(quantize: Any) -> Any:
     """The op ``rotate`` in plain torch, its codes by ``quantize``."""
 
-    def run(x: Tensor, smoothing: Tensor | None, block: int, codes: bool) -> list[Tensor]:
+    def run(x: Tensor, smoothing: Tensor | None, block: int, codes: bool, scale: Tensor | None) -> list[Tensor]:
         y = x if smoothing is None else divided(x, smoothing)
         y = _butterflies(y if y.dtype == torch.float64 else y.float(), block) if block else y
-        return list(quantize(y)) if codes else [y]
+        return list(quantize(y, scale)) if codes else [y]
 
     return run
 
 
-registry.register("rotate", "reference", _by(numerics.quantize))
-registry.register("rotate", "composed", _by(quantize), priority=5)
+registry.register("rotate", "reference", _by(lambda y, scale: quantize(y, scale=scale, impl="reference")))
+registry.register("rotate", "composed", _by(lambda y, scale: quantize(y, scale=scale)), priority=5)
 _library.impl("hadamard", _hadamard, "CompositeExplicitAutograd")
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from teint8.conditioning import Conditioned
-from teint8.ops.linear import differentiates
+from teint8.ops.linear import differentiates, static_scale
 from teint8.ops.raw import direct
-from teint8.policy import Rule
+from teint8.policy import Quant
 from teint8.qtensor import QTensor
 from teint8.transforms.operands import Operand
 from teint8.transforms.reasons import autocast_dtype, why_float
@@ -29,8 +29,9 @@ def multiply(
         raise ValueError(f"{weight.path} is {conditioning!r}, for a weight (N, K) of a linear; this call uses it otherwise")
     x = route.plain(x)
     whole = weight._replace(value=conditioning.weight, transposed=False, static=conditioning.activation_scale, conditioning=None)
-    if _needs_codes_alone(route, op, x, whole, bias):
-        codes = _codes(route, x, conditioning)
+    how = _needs_codes_alone(route, op, x, whole, bias)
+    if how is not None:
+        codes = _codes(route, x, conditioning, how.scale == "static")
         y = route.multiply(op, x, whole._replace(x_codes=codes), -1, bias, float_call, rows, ends)
     else:
         inside = conditioning.apply(x)
@@ -48,24 +49,25 @@ def multiply(
     return y if aside is None else y + aside
 
 
-def _needs_codes_alone(route: Any, op: str, x: Any, weight: Operand, bias: Any) -> bool:
-    """Whether the values of the activation in its basis are of no use: what is packed meets its codes by row, without derivatives."""
+def _needs_codes_alone(route: Any, op: str, x: Any, weight: Operand, bias: Any) -> Quant | None:
+    """How an activation is quantized of which codes alone are needed: by row, for a packed weight, without derivatives; else None."""
     if torch.compiler.is_dynamo_compiling() or route.measures or not isinstance(weight.value, QTensor) or weight.value.block:
-        return False
+        return None
     rule = route.rule(route.path(weight), op)
-    if why_float(op, rule, x, weight, -1) or not _by_row(rule) or x.numel() == 0 or x.shape[-1] != weight.value.shape[-1]:
-        return False
-    return direct(x, weight.value.codes, bias) and not differentiates(x, bias)
+    if why_float(op, rule, x, weight, -1) or x.numel() == 0 or x.shape[-1] != weight.value.shape[-1]:
+        return None
+    plain = direct(x, weight.value.codes, bias) and not differentiates(x, bias)
+    return (
+        rule.activation
+        if plain and rule.compute == "int8" and rule.activation is not None and rule.activation.grouping == "row"
+        else None
+    )
 
 
-def _by_row(rule: Rule) -> bool:
-    """Whether activations have a dynamic scale a row, and kernels run."""
-    activation = rule.activation
-    return rule.compute == "int8" and activation is not None and activation.grouping == "row" and activation.scale == "dynamic"
-
-
-def _codes(route: Any, x: Tensor, conditioning: Conditioned) -> tuple[Tensor, Tensor]:
+def _codes(route: Any, x: Tensor, conditioning: Conditioned, static: bool) -> tuple[Tensor, Tensor]:
     """Codes of x in its basis; linears of one call that have the same one share them."""
+    if static:
+        return conditioning.codes(x, static_scale("linear", conditioning.weight, None))  # type: ignore[arg-type]
     smoothing = conditioning.smoothing
     if route.shared is None or conditioning.outliers or (smoothing is not None and smoothing.is_inference()):
         return conditioning.codes(x)
