@@ -8,6 +8,7 @@ from common import differing, kernel_microseconds, output_folder, save
 
 from teint8 import ops
 from teint8.ops.raw_both import activation
+from teint8.ops.rotation import conditioned_codes
 
 M, N = 16384, 14336
 
@@ -28,7 +29,7 @@ def inductor_columns(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def check(g: torch.Tensor, u: torch.Tensor, d: torch.Tensor) -> None:
     """Every result against the reference, in parts of the tensors that leave the reference room."""
-    seed = torch.tensor(7, device="cuda")
+    seed, reference = torch.tensor(7, device="cuda"), next(i for i in ops.implementations("rotate") if i.name == "reference")
     part = slice(0, 1024)
     small = [t[part, part] for t in (g, u, d)]
     for tensors in (small, [t.contiguous() for t in small], [t[part] for t in (g, u, d)]):
@@ -41,6 +42,9 @@ def check(g: torch.Tensor, u: torch.Tensor, d: torch.Tensor) -> None:
             for grad in (None, third):
                 for how in ({"rows": True}, {"rows": True, "columns": True}, {"values": True}):
                     out += activation(first, second, grad, kind="silu", impl=impl, **how)
+        for powers, block in ((None, 1024), (torch.exp2(torch.arange(first.shape[1], device="cuda") % 5 - 2.0), 0)):
+            got += conditioned_codes(first, powers, block)
+            want += reference.run(first, powers, block, True, None)
         assert [differing(a, b) for a, b in zip(got, want, strict=True)] == [0] * len(want)
 
 
@@ -52,11 +56,13 @@ def main() -> None:
     rows: list[dict[str, object]] = [
         {"work": "copy", "kernel": "copy", "us": 4e-3 * M * N / bandwidth, "GB/s": bandwidth, "share": 1.0}
     ]
-    seed = torch.tensor(7, device="cuda")
+    seed, powers = torch.tensor(7, device="cuda"), torch.exp2(torch.arange(N, device="cuda") % 5 - 2.0)
     # work, what runs, and the bytes an element that each kernel moves
     works = (
         ("rows", lambda: ops.quantize(g), {"_quantize_kernel": 3}),
         ("rows, stochastic", lambda: ops.quantize(g, seed=seed), {"_quantize_kernel": 3}),
+        ("rows rotated by 1024", lambda: conditioned_codes(g, None, 1024), {"_rotate_kernel": 3}),
+        ("rows divided by powers of two", lambda: conditioned_codes(g, powers, 0), {"_rotate_kernel": 3}),
         ("rows and columns", lambda: ops.quantize_both(g), {"_absmax_kernel": 2, "_both_kernel": 4}),
         ("rows and columns, stochastic", lambda: ops.quantize_both(g, seed=seed), {"_absmax_kernel": 2, "_both_kernel": 4}),
         ("rows of silu(g) * u", lambda: activation(g, u, kind="silu", rows=True), {"_activation_rows_kernel": 5}),
