@@ -72,6 +72,24 @@ def test_sums_that_overflow_int32(k: int, device: str) -> None:
     assert "reference" in ran and (len(ran) > 1 or alone), ran
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_any_number_of_threads_gives_the_same_bits(threads: int) -> None:
+    x, w, bias = torch.randn(300, 512), torch.randn(200, 512), torch.randn(200)
+    images, kernels = torch.randn(2, 8, 30, 30), torch.randn(16, 8, 3, 3)
+    want = ops.linear(x, w, bias, impl="reference"), ops.conv(images, kernels, impl="reference")
+    (xq, xs), (wq, ws) = ops.quantize(x), ops.quantize(w)
+    problem = registry.Problem("cpu", x.dtype, 1, 300, 200, 512)
+    names = [i.name for i in registry.implementations("int8_mm") if registry.why_not(i, problem) is None]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert different(ops.linear(x, w, bias), want[0]) == 0 and different(ops.conv(images, kernels), want[1]) == 0
+        for name in names:
+            assert different(ops.int8_mm(xq, xs, wq, ws, bias, x.dtype, name), want[0]) == 0, name
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_bad_row_spoils_itself_alone(dtype: torch.dtype, device: str) -> None:
     x, w = torch.randn(40, 64).to(device, dtype), torch.randn(24, 64).to(device, dtype)
