@@ -58,3 +58,15 @@ def test_differentiation_of_a_tree_is_seen() -> None:
     assert seen and not any(seen)
     grad(lambda t: t["x"].sum())({"x": torch.ones(2), "t": Leafless()})
     assert any(seen)
+
+
+def test_members_are_those_of_torch() -> None:
+    inner = torch.nn.Linear(2, 2)
+    module = torch.nn.Sequential(inner, torch.nn.BatchNorm1d(2), torch.nn.Sequential(inner))
+    module[1].register_buffer("unset", None)
+    members = list(_torch.members(module))
+    for is_buffer, named in ((False, module.named_parameters), (True, module.named_buffers)):
+        want = list(named(remove_duplicate=False))
+        got = [(path, t) for path, t, b in members if b is is_buffer]
+        assert [path for path, _ in got] == [path for path, _ in want] and all(a is b for (_, a), (_, b) in zip(got, want, strict=True))
+    assert "2.0.weight" in [path for path, _, _ in members]

@@ -1,7 +1,7 @@
 """``quantize``: a model or a function as an INT8 function of its parameters."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -82,7 +82,16 @@ class BoundRoute(Route):
             packed = first is not None and isinstance(first.value, QTensor)
             # method wrappers are made anew at each access: they are equal, not the same
             return first.value.dtype if packed and func == _DTYPE else func(*args, **kwargs)  # type: ignore[union-attr]
+        if not self._may_hold_codes(args) and not (kwargs and self._may_hold_codes(kwargs.values())):
+            return func(*args, **kwargs)
         return func(*self.plain(args), **self.plain(kwargs))
+
+    def _may_hold_codes(self, args: Iterable[Any]) -> bool:
+        """Whether a call must be looked through for packed weights."""
+        for arg in args:  # noqa: SIM110  # a generator would take twice the time
+            if arg in self.known if isinstance(arg, Tensor) else isinstance(arg, (tuple, list, dict)):
+                return True
+        return False
 
     def plain(self, args: Any) -> Any:
         if not self.packed_leaves:
@@ -239,23 +248,37 @@ def check_params(module: nn.Module, groups: tuple[Any, ...], complete: bool = Tr
             )
     if _torch.is_compiling():
         return
+    own, missing, absent = _look_through(module, groups)
     for group in groups:
         for path, leaf in group.items():
-            _check_leaf(module, path, leaf)
-    missing = [path for path, _ in module.named_parameters() if complete and not any(path in group for group in groups)]
-    if missing:
+            _check_leaf(module, path, leaf, own.get(path))
+    if complete and missing:
         raise ValueError(
             f"quantized {type(module).__name__}: params lacks {', '.join(map(repr, missing[:5]))}; a pure function takes all of its "
             "parameters, dict(model.named_parameters()), also those that are not differentiated"
         )
-    if complete:
-        _check_buffers(module, groups)
+    if complete and absent:
+        _check_buffers(module, absent, groups)
 
 
-def _check_buffers(module: nn.Module, groups: tuple[Any, ...]) -> None:
-    """Raise for a buffer that would be taken from the module and holds no values there: torch may compute garbage from it."""
-    absent = [path for path, buffer in module.named_buffers() if buffer.is_meta and not any(path in group for group in groups)]
-    if absent and not all(leaf.device.type == "meta" for group in groups for leaf in group.values() if hasattr(leaf, "device")):
+def _look_through(module: nn.Module, groups: tuple[Any, ...]) -> tuple[dict[str, Tensor], list[str], list[str]]:
+    """The module's own tensors by path; parameters that no group has, and buffers on the meta device, which has no values."""
+    own: dict[str, Tensor] = {}
+    missing, absent, seen = [], [], set()
+    for path, tensor, is_buffer in _members(module):
+        own[path] = tensor
+        if id(tensor) in seen or any(path in group for group in groups):
+            seen.add(id(tensor))  # of tied ones the first is enough
+        elif not is_buffer:
+            missing.append(path)
+        elif tensor.is_meta:
+            absent.append(path)
+    return own, missing, absent
+
+
+def _check_buffers(module: nn.Module, absent: list[str], groups: tuple[Any, ...]) -> None:
+    """Raise for buffers that would be taken from the module and hold no values there: torch may compute garbage from them."""
+    if not all(leaf.device.type == "meta" for group in groups for leaf in group.values() if hasattr(leaf, "device")):
         raise ValueError(
             f"quantized {type(module).__name__}: the module's buffers {', '.join(map(repr, absent[:5]))} "
             "are on the meta device, which holds no values; give them: (params, buffers), where buffers is dict(model.named_buffers()) "
@@ -263,12 +286,20 @@ def _check_buffers(module: nn.Module, groups: tuple[Any, ...]) -> None:
         )
 
 
-def _check_leaf(module: nn.Module, path: str, leaf: Any) -> None:
+def _members(module: nn.Module) -> Iterable[tuple[str, Tensor, bool]]:
+    """Parameters, and buffers (True), by path; a module may have names of its own for them."""
+    if type(module).named_parameters is nn.Module.named_parameters and type(module).named_buffers is nn.Module.named_buffers:
+        return _torch.members(module)
+    named = ((module.named_parameters, False), (module.named_buffers, True))
+    return ((path, tensor, is_buffer) for names, is_buffer in named for path, tensor in names())
+
+
+def _check_leaf(module: nn.Module, path: str, leaf: Any, own: Tensor | None) -> None:
     owner, _, name = path.rpartition(".")
     if name == "_extra_state":  # state_dict has it of modules that keep more than tensors
         return
     try:
-        own = getattr(module.get_submodule(owner), name)
+        own = getattr(module.get_submodule(owner), name) if own is None else own
     except AttributeError:
         raise ValueError(
             f"quantized {type(module).__name__}: it has no parameter or buffer {path!r}; are these the params of another model?"
