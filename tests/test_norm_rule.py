@@ -118,6 +118,26 @@ def test_receipt_and_what_stays_float() -> None:
         teint8.quantize(two, POLICY, strict=True)(w, x)
 
 
+@pytest.mark.parametrize(
+    "norm", [nn.GroupNorm(4, 8), nn.BatchNorm2d(8), nn.InstanceNorm2d(8, affine=True)], ids=lambda m: type(m).__name__
+)
+def test_other_norms_stay_float_and_say_so(norm: nn.Module, device: str) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(norm, nn.Conv2d(8, 4, 3)).to(device).eval(), torch.randn(2, 8, 6, 6, device=device)
+    policy = Policy([Rule(ops=("conv", "norm"))])
+    qfn, params = teint8.quantize(model, policy), dict(model.named_parameters())
+    y = qfn(params, x)
+    assert different(y, ops.conv(norm(x), model[1].weight, model[1].bias)) == 0
+    record = next(r for r in teint8.explain(qfn, params, x) if r.op == "norm")
+    assert not record.int8 and record.path == "0.weight" and "has torch's form alone" in record.reason
+    with pytest.raises(ValueError, match=r"strict: 0.weight \(norm\) cannot run in INT8: .*_norm has torch's form alone"):
+        teint8.quantize(model, policy, strict=True)(params, x)
+    assert not [r for r in teint8.explain(teint8.quantize(model), params, x) if r.op == "norm"]
+    torch._dynamo.reset()
+    held = {k: v.detach() for k, v in params.items()}
+    assert relative_error(torch.compile(lambda p, x: qfn(p, x), fullgraph=True)(held, x), y.detach()) < 0.01
+
+
 def test_transformer_encoder_in_inference() -> None:
     layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True)
     model, x = nn.TransformerEncoder(layer, 2).eval(), torch.randn(2, 7, 16)

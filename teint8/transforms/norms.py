@@ -1,4 +1,4 @@
-"""LayerNorm and RMSNorm where a rule names "norm": teint8's one form of them, whose codes wait for the linear that follows."""
+"""Norms where a rule names "norm": of LayerNorm and RMSNorm teint8's one form, whose codes wait for the linear that follows."""
 
 from __future__ import annotations
 
@@ -48,6 +48,26 @@ def normalize(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
     return ops.norm(x, weight, bias, kind=kind, eps=eps, impl=impl)
 
 
+OTHERS = {
+    F.group_norm: 2,
+    torch.group_norm: 2,
+    **dict.fromkeys((F.batch_norm, torch.batch_norm, F.instance_norm, torch.instance_norm), 3),
+}
+"""Norms that stay as torch has them, and where their weight is among the arguments."""
+
+
+def leave(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
+    """GroupNorm, BatchNorm or InstanceNorm: in float, and said so where a rule names norms."""
+    if any("norm" in rule.ops for rule in route.policy.rules):
+        weight = kwargs.get("weight", args[OTHERS[func]] if len(args) > OTHERS[func] else None)
+        path, rule = _rule(route, weight)
+        name = func.__name__
+        reason = _why_not_ours(rule) or f"{name} has torch's form alone: what follows quantizes its values (BatchNorm: fold_batchnorm)"
+        route.refuse(rule, path, "norm", reason)
+        _record(route, path, args[0] if args else kwargs.get("input"), "float", "", reason)
+    return route.other(func, args, kwargs)
+
+
 def _rule(route: Route, weight: Any) -> tuple[str, Rule | None]:
     operand = route.operand(weight) if isinstance(weight, Tensor) else None
     if operand is None and isinstance(weight, Tensor):
@@ -56,9 +76,15 @@ def _rule(route: Route, weight: Any) -> tuple[str, Rule | None]:
     return path, route.rule(path, "norm")
 
 
-def _why_float(rule: Rule | None, x: Any, shape: Any) -> str:
+def _why_not_ours(rule: Rule | None) -> str:
     if rule is None or rule.weight is None or rule.activation is None:
         return "no rule matches" if rule is None else "its rule leaves it in float"
+    return ""
+
+
+def _why_float(rule: Rule | None, x: Any, shape: Any) -> str:
+    if _why_not_ours(rule):
+        return _why_not_ours(rule)
     if not isinstance(x, Tensor) or x.is_nested or not x.is_floating_point():
         return f"the input is {getattr(x, 'dtype', type(x).__name__)}{' and nested' if isinstance(x, Tensor) and x.is_nested else ''}"
     if autocast_dtype(x) is not None:
