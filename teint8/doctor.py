@@ -35,7 +35,7 @@ def _report(op: str, implementation: registry.Implementation, device: str) -> bo
     """Print one line; whether the implementation broke the contract."""
     if implementation.device not in ("", device):
         return False
-    extra = {"conv": (1, 65), "attention": (33,), "block_mm": (32,)}.get(op, ())
+    extra = {"conv": (1, 65), "attention": (33,), "block_mm": (32,), "rotate": (1,)}.get(op, ())
     problem = registry.Problem(device, torch.float32, 1, 2 if op == "mlp" else 33, 17, 65, extra)
     reason = registry.why_not(implementation, problem)
     wrong = 0 if reason else _different(op, implementation, device)
@@ -77,6 +77,7 @@ def _arguments(op: str, device: str) -> tuple[Any, ...]:
         "quantize_channels": (x[None],),
         "attention": (*(t[None, None] for t in (xq, xs, wq, ws, *ops.quantize(u[:, :17], impl="reference"))), None, True, 0.1, x.dtype),
         "block_mm": (xq, xs[:, None].expand(-1, 3), wq, ws[:, None].expand(-1, 3), bias, 32, x.dtype),
+        "rotate": (x, torch.exp2(torch.arange(65, device=device) % 5 - 2.0), 1, True, None),
         "norm": (x, u, u[0], None, "rms", 1e-5, True, True),
     }[op]
 

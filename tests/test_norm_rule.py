@@ -138,6 +138,32 @@ def test_other_norms_stay_float_and_say_so(norm: nn.Module, device: str) -> None
     assert relative_error(torch.compile(lambda p, x: qfn(p, x), fullgraph=True)(held, x), y.detach()) < 0.01
 
 
+def test_where_other_norms_have_their_weight() -> None:
+    x = torch.randn(2, 4, 3)
+    w = {name: torch.ones(4) for name in ("g", "b", "mean", "var")}
+    calls = {
+        "batch_norm": lambda p, x: torch.batch_norm(x, p["g"], p["b"], p["mean"], p["var"], False, 0.1, 1e-5, False),
+        "instance_norm": lambda p, x: torch.instance_norm(x, p["g"], p["b"], None, None, True, 0.1, 1e-5, False),
+        "F.batch_norm": lambda p, x: F.batch_norm(x, p["mean"], p["var"], p["g"], p["b"]),
+        "F.group_norm": lambda p, x: F.group_norm(x, 2, p["g"]),
+        "by name": lambda p, x: F.group_norm(x, 2, weight=p["g"]),
+    }
+    for name, call in calls.items():
+        qfn = teint8.quantize(call, POLICY)
+        assert [r.path for r in teint8.explain(qfn, w, x)] == ["g"], name
+        assert torch.equal(qfn(w, x), call(w, x))
+        left = Policy([Rule("g", ops=("norm",), weight=None), *POLICY.rules])
+        in_float = teint8.explain(teint8.quantize(call, left), w, x)
+        assert [r.reason for r in in_float] == ["its rule leaves it in float"]
+
+
+def test_a_rule_that_leaves_norms_in_float_is_no_refusal() -> None:
+    model, x = Block(), torch.randn(3, 24)
+    policy = Policy([Rule(ops=("linear", "norm"), activation=None)])
+    params = dict(model.named_parameters())
+    assert different(teint8.quantize(model, policy, strict=True)(params, x), teint8.quantize(model, policy)(params, x)) == 0
+
+
 def test_transformer_encoder_in_inference() -> None:
     layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True)
     model, x = nn.TransformerEncoder(layer, 2).eval(), torch.randn(2, 7, 16)

@@ -147,13 +147,13 @@ def test_static_scales_too(device: str, monkeypatch) -> None:
     assert counting.calls == 6
 
 
-def test_an_edited_smoothing_is_no_longer_shared(device: str) -> None:
-    """Codes are kept for one basis: another one in the same context makes its own."""
+def test_codes_are_kept_for_one_basis(device: str) -> None:
+    """Another one makes its own: other powers of the same memory, or edited ones."""
     linear = nn.Linear(32, 8).to(device)
     x = torch.randn(4, 32, device=device)
-    smoothing = torch.ones(32, device=device)
-    first = Conditioned(linear.weight.detach(), smoothing=smoothing)
-    second = Conditioned(linear.weight.detach(), smoothing=torch.exp2(torch.arange(32.0, device=device) % 4))
+    powers = torch.exp2(torch.arange(64.0, device=device) % 5)
+    first = Conditioned(linear.weight.detach(), smoothing=powers[:32])
+    second = Conditioned(linear.weight.detach().clone(), smoothing=powers[::2])
     qfn = teint8.quantize(lambda p, x: (nn.functional.linear(x, p["a"]), nn.functional.linear(x, p["b"])))
     packed = teint8.pack(qfn, {"a": first, "b": second}, x)
     with torch.no_grad():
@@ -161,6 +161,44 @@ def test_an_edited_smoothing_is_no_longer_shared(device: str) -> None:
         for name, y in (("a", a), ("b", b)):
             alone = teint8.quantize(lambda p, x: nn.functional.linear(x, p["a"]))({"a": packed[name]}, x)
             assert different(y, alone) == 0
+
+
+def test_codes_of_an_edited_basis_are_made_anew(device: str) -> None:
+    linear, x = nn.Linear(32, 8).to(device), torch.randn(4, 32, device=device)
+    smoothing = torch.exp2(torch.arange(32.0, device=device) % 5)
+
+    def twice(p, x):
+        first = nn.functional.linear(x, p["weight"])
+        smoothing.mul_(torch.exp2(torch.arange(32.0, device=device) % 3))
+        return first, nn.functional.linear(x, p["weight"])
+
+    packed = teint8.pack(
+        teint8.quantize(linear), {"weight": Conditioned(linear.weight.detach(), smoothing=smoothing), "bias": linear.bias}
+    )
+    with torch.no_grad():
+        first, second = teint8.quantize(twice)(packed, x)
+        want = teint8.quantize(lambda p, x: nn.functional.linear(x, p["weight"]))(packed, x)
+    assert different(second, want) == 0 and different(first, second) > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_wider_weight_is_met_with_or_without_a_gradient(dtype: torch.dtype, device: str) -> None:
+    linear, x = nn.Linear(32, 8).to(device), torch.randn(4, 32, device=device).to(dtype)
+    qfn = teint8.quantize(lambda p, x: nn.functional.linear(x, p["weight"]))
+    params = {"weight": Conditioned(linear.weight.detach(), rotation=16)}
+    packed = teint8.pack(qfn, params, x)
+    want = qfn(params, x)
+    with torch.no_grad():
+        assert different(qfn(packed, x), want) == 0
+    assert different(qfn(packed, x.clone().requires_grad_()), want) == 0
+
+
+def test_blocks_of_a_weight_stay_with_its_rule(device: str) -> None:
+    linear, x = nn.Linear(64, 8).to(device), torch.randn(4, 64, device=device)
+    qfn = teint8.quantize(linear, Policy([Rule(weight=Quant("block", block=128), activation=Quant("row"))]))
+    params = {"weight": Conditioned(linear.weight.detach(), rotation=16), "bias": linear.bias.detach()}
+    with torch.no_grad():
+        assert different(qfn(teint8.pack(qfn, params), x), qfn(params, x)) == 0
 
 
 @pytest.mark.parametrize(

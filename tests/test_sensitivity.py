@@ -54,7 +54,41 @@ def test_the_trace_is_that_of_the_hessian(device: str) -> None:
     found = teint8.sensitivity(qfn, params, [x], "hessian", loss=lambda y, x: y.square().sum(), progress=False)["weight"]
     off = teint8.pack(qfn, params)["weight"].dequantize() - params["weight"]
     exact = float(2 * x.square().sum() / 24) * float(off.square().sum())
-    assert abs(found / exact - 1) < 0.15  # eight probes
+    assert abs(found / exact - 1) < 0.2  # four probes
+
+
+def test_a_sensitive_layer_hides_no_other(device: str) -> None:
+    """What two layers share in the Hessian is far larger than the trace of the one: probes of both at once would drown it."""
+    torch.manual_seed(0)
+    model, x = (
+        nn.Sequential(nn.Linear(12, 12, bias=False), nn.Linear(12, 12, bias=False)).to(device),
+        torch.randn(64, 12, device=device),
+    )
+    with torch.no_grad():
+        model[0].weight *= 100  # large inputs of the second layer, whose weights are small
+        model[1].weight *= 1e-2
+    params = {n: p.detach() for n, p in model.named_parameters()}
+    qfn = teint8.quantize(model)
+    want = model(x).detach()
+
+    def loss(y, x):
+        return (y - want).square().sum()
+
+    found = teint8.sensitivity(qfn, params, [x, x], "hessian", loss=loss, progress=False)
+    for name in params:
+        off = teint8.pack(qfn, params)[name].dequantize() - params[name]
+        of = lambda w, name=name: loss(torch.func.functional_call(model, {**params, name: w}, (x,)), x)
+        trace = float(torch.func.hessian(of)(params[name]).reshape(144, 144).diagonal().sum())
+        assert abs(found[name] / (trace / 144 * float(off.square().sum())) - 1) < 0.4, name
+
+
+def test_what_rounds_exactly_loses_nothing(device: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)).to(device)
+    with torch.no_grad():
+        model[0].weight.copy_(3 * torch.eye(4))
+    qfn, params, x = teint8.quantize(model), dict(model.named_parameters()), torch.full((2, 4), 1e30, device=device)
+    scores = teint8.sensitivity(qfn, params, [x], "hessian", loss=lambda y, x: y.square().sum(), progress=False)
+    assert scores["0.weight"] == 0.0 and scores["1.weight"] == float("inf")
 
 
 def test_the_searched_policy_beats_others_of_the_same_bytes(device: str) -> None:

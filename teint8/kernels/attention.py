@@ -153,12 +153,14 @@ def attention(
     q: Tensor, qs: Tensor, k: Tensor, ks: Tensor, v: Tensor, vs: Tensor, mask: Tensor | None, causal: bool, scale: float,
     dtype: torch.dtype, config: Tile | None = None,
 ) -> Tensor:  # fmt: skip
-    """(B, H, M, E) from codes, as ``attentions.value``; ``config`` overrides the tile, and no result depends on it."""
+    """(B, H, M, E) from codes, as ``attentions.value``; ``config`` overrides the tile, which is as wide as a block of keys."""
     (b, h, m, d), (g, s), e, device = q.shape, k.shape[1:3], v.shape[2], q.device
     q, k, ks, v, vs = (t.contiguous() for t in (q, k, ks, v, vs))
     a = qs * torch.full_like(qs, scale * LOG2E)
     t = config or config_of(max(d, e), mask is not None)
     sums = blocks(v, 0).sum(-1, dtype=torch.int32).mT.contiguous()
+    if t.block_n != BLOCK:
+        raise ValueError(f"attention: the tile is {t.block_n} keys wide; {BLOCK} share a level, and so many are needed")
     # the interpreter's cast to bfloat16 does not round
     inner = torch.float32 if INTERPRETING or dtype == torch.float64 else dtype
     y = torch.empty((b, h, m, e), dtype=inner, device=device)

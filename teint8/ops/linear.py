@@ -180,7 +180,8 @@ def _check_codes(x: Tensor, weight: Any, bias: Any, codes: tuple[Tensor, ...], g
     """Raise for codes of x that were made before and cannot be used."""
     if activation != "row" or has_blocks(weight, granularity, activation):
         raise ValueError(
-            f"linear: x_codes were given, which are by row, but activation is {activation!r}, the weight's {granularity!r}"
+            f"linear: x_codes were given, which are by row, but activation is {activation!r} and weight_granularity {granularity!r}; "
+            "'row', and a weight without blocks, are needed"
         )
     if len(codes) != 2 or codes[0].shape != x.shape or codes[1].shape != x.shape[:-1]:
         shapes = [tuple(t.shape) for t in codes]

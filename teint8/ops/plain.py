@@ -1,4 +1,4 @@
-"""The implementations in plain torch: "reference", and "composed" of the best ``quantize`` that there is."""
+"""The implementations in plain torch, "reference" and "composed" of the best ``quantize``, of ops without a file of their own."""
 
 from collections.abc import Callable
 from typing import Any

@@ -39,8 +39,8 @@ def int8_attention(
         >>> from teint8.ops import quantize
         >>> q, v = quantize(torch.ones(1, 1, 2, 4)), quantize(torch.tensor([[[[3.0, 3.0], [-1.0, -1.0]]]]))
         >>> int8_attention(*q, *q, *v, None, False, 0.5, torch.float32)
-        tensor([[[[ 3., -1.],
-                  [ 3., -1.]]]])
+        tensor([[[[ 3.0000, -1.0000],
+                  [ 3.0000, -1.0000]]]])
 
     """
     tensors = (q_codes, q_scale, k_codes, k_scale, v_codes, v_scale, mask)

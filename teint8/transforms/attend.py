@@ -91,8 +91,7 @@ def _record(
         return None
     batch, m, s, d, e = map(_torch.number, sizes)
     fields = (path, "attention", m, s, d, batch, ran_as, mode, reason)
-    # keys are read twice
-    route.receipt.add(fields, kernel, batch * (m * d + 2 * s * d + s * e + m * e * size) if size else 0)
+    route.receipt.add(fields, kernel, batch * (m * d + s * d + s * e + m * e * size) if size else 0)
     return fields
 
 

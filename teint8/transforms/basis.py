@@ -13,7 +13,7 @@ from teint8.ops.raw import direct
 from teint8.policy import Quant
 from teint8.qtensor import QTensor
 from teint8.transforms.operands import Operand
-from teint8.transforms.reasons import autocast_dtype, why_float
+from teint8.transforms.reasons import autocast_dtype, by_block, why_float
 
 
 def multiply(
@@ -54,7 +54,9 @@ def _needs_codes_alone(route: Any, op: str, x: Any, weight: Operand, bias: Any) 
     if torch.compiler.is_dynamo_compiling() or route.measures or not isinstance(weight.value, QTensor) or weight.value.block:
         return None
     rule = route.rule(route.path(weight), op)
-    if why_float(op, rule, x, weight, -1) or x.numel() == 0 or x.shape[-1] != weight.value.shape[-1]:
+    if why_float(op, rule, x, weight, -1) or by_block(rule) or x.numel() == 0 or x.shape[-1] != weight.value.shape[-1]:
+        return None
+    if x.dtype != weight.value.dtype and autocast_dtype(x) is None:  # in its basis x may be wider, and fit
         return None
     plain = direct(x, weight.value.codes, bias) and not differentiates(x, bias)
     return (
@@ -71,6 +73,6 @@ def _codes(route: Any, x: Tensor, conditioning: Conditioned, static: bool) -> tu
     smoothing = conditioning.smoothing
     if route.shared is None or conditioning.outliers or (smoothing is not None and smoothing.is_inference()):
         return conditioning.codes(x)
-    basis = None if smoothing is None else (smoothing.data_ptr(), smoothing._version)
+    basis = None if smoothing is None else (smoothing.data_ptr(), smoothing.stride(), smoothing._version)
     found: tuple[Tensor, Tensor] = route.shared.codes(x, ("conditioned", conditioning.rotation, basis), lambda: conditioning.codes(x))
     return found

@@ -28,9 +28,11 @@ def normalize(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
     names = ("input", "normalized_shape", "weight", "bias", "eps") if layer else ("input", "normalized_shape", "weight", "eps")
     x, shape, weight, *rest = shapes.bind(names, args, kwargs)
     path, rule = _rule(route, weight)
-    reason = _why_float(rule, x, shape)
+    unwanted = _why_not_wanted(rule)
+    reason = unwanted or _why_float(x, shape)
     if reason:
-        route.refuse(rule, path, "norm", reason)
+        if not unwanted:
+            route.refuse(rule, path, "norm", reason)
         _record(route, path, x, "float", "", reason)
         return route.other(func, args, kwargs)
     assert rule is not None
@@ -49,9 +51,9 @@ def normalize(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
 
 
 OTHERS = {
-    F.group_norm: 2,
-    torch.group_norm: 2,
-    **dict.fromkeys((F.batch_norm, torch.batch_norm, F.instance_norm, torch.instance_norm), 3),
+    **dict.fromkeys((torch.batch_norm, torch.instance_norm), 1),
+    **dict.fromkeys((F.group_norm, torch.group_norm), 2),
+    **dict.fromkeys((F.batch_norm, F.instance_norm), 3),
 }
 """Norms that stay as torch has them, and where their weight is among the arguments."""
 
@@ -62,8 +64,10 @@ def leave(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
         weight = kwargs.get("weight", args[OTHERS[func]] if len(args) > OTHERS[func] else None)
         path, rule = _rule(route, weight)
         name = func.__name__
-        reason = _why_not_ours(rule) or f"{name} has torch's form alone: what follows quantizes its values (BatchNorm: fold_batchnorm)"
-        route.refuse(rule, path, "norm", reason)
+        reason = _why_not_wanted(rule)
+        if not reason:
+            reason = f"{name} has torch's form alone: what follows quantizes its values (BatchNorm: fold_batchnorm)"
+            route.refuse(rule, path, "norm", reason)
         _record(route, path, args[0] if args else kwargs.get("input"), "float", "", reason)
     return route.other(func, args, kwargs)
 
@@ -76,15 +80,13 @@ def _rule(route: Route, weight: Any) -> tuple[str, Rule | None]:
     return path, route.rule(path, "norm")
 
 
-def _why_not_ours(rule: Rule | None) -> str:
+def _why_not_wanted(rule: Rule | None) -> str:
     if rule is None or rule.weight is None or rule.activation is None:
         return "no rule matches" if rule is None else "its rule leaves it in float"
     return ""
 
 
-def _why_float(rule: Rule | None, x: Any, shape: Any) -> str:
-    if _why_not_ours(rule):
-        return _why_not_ours(rule)
+def _why_float(x: Any, shape: Any) -> str:
     if not isinstance(x, Tensor) or x.is_nested or not x.is_floating_point():
         return f"the input is {getattr(x, 'dtype', type(x).__name__)}{' and nested' if isinstance(x, Tensor) and x.is_nested else ''}"
     if autocast_dtype(x) is not None:

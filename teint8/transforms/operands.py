@@ -18,7 +18,6 @@ class Operand(NamedTuple):
         held: what a route keeps of it.
         static: the static scale of the activation that meets a float weight, or None.
         conditioning: what its activation goes through before it is quantized, or None.
-
         x_codes: codes and scales of the activation that it meets, where they were made in its basis already.
 
     """

@@ -267,9 +267,11 @@ def _look_through(module: nn.Module, groups: tuple[Any, ...]) -> tuple[dict[str,
     missing, absent, seen = [], [], set()
     for path, tensor, is_buffer in _members(module):
         own[path] = tensor
-        if id(tensor) in seen or any(path in group for group in groups):
-            seen.add(id(tensor))  # of tied ones the first is enough
-        elif not is_buffer:
+        tied = id(tensor) in seen  # the first is enough
+        seen.add(id(tensor))
+        if tied or any(path in group for group in groups):
+            continue
+        if not is_buffer:
             missing.append(path)
         elif tensor.is_meta:
             absent.append(path)

@@ -18,7 +18,7 @@ from teint8.transforms.quantize import BoundRoute, of_module, quantize, quantize
 from teint8.transforms.trees import map_leaves, weights_of
 
 METHODS = ("hessian", "taylor", "loss", "sqnr")
-_PROBES = 2
+_PROBES = 4
 
 
 def sensitivity(
@@ -37,7 +37,7 @@ def sensitivity(
         params: its float parameters.
         batches: example inputs, as for ``calibrate``; a few are enough.
         method: "hessian": the mean of the Hessian's diagonal times the squared error of the rounded weight (HAWQ-V2, Dong et al.,
-            2020), the trace by two Hessian-vector products for each layer through the function (jvp of grad) with random signs, always
+            2020), the trace by four Hessian-vector products for each layer through the function (jvp of grad) with random signs, always
             the same. "taylor": what rounding its weight adds in second order, ``d^T H d / 2`` with
             d = w_hat - w: a product for each layer. "loss": the loss that quantizing this layer alone adds. "sqnr": the noise of
             its own output, to its signal.
@@ -134,12 +134,14 @@ class _Work:
 
     Attributes:
         seen: by path each weight's rule and contracted dimension.
+        signs: random ones, others for each batch.
 
     """
 
     def __init__(self, qfn: Any, in_float: Any, params: Any, loss: Any) -> None:
         self.qfn, self.in_float, self.params, self.loss = qfn, in_float, params, loss
         self.seen: dict[str, Seen] = {}
+        self.signs = torch.Generator().manual_seed(0)
 
     def see(self, args: Any, kwargs: Any) -> None:
         """Run in float to find what is quantized."""
@@ -256,14 +258,15 @@ def _taylor(work: _Work, args: Any, kwargs: Any) -> Iterator[tuple[str, float]]:
 
 
 def _traces(work: _Work, args: Any, kwargs: Any) -> Iterator[tuple[str, float]]:
-    of, generator = work.loss_of(args, kwargs), torch.Generator().manual_seed(0)
+    of = work.loss_of(args, kwargs)
     for path, (w, error) in work.errors().items():
         # of one layer alone: in a product of all at once, what a sensitive layer shares with another can hide the other's trace
         found = [
-            _curvature(work, of, path, w, (torch.randint(2, w.shape, generator=generator) * 2 - 1).to(w), args, kwargs)
+            _curvature(work, of, path, w, (torch.randint(2, w.shape, generator=work.signs) * 2 - 1).to(w), args, kwargs)
             for _ in range(_PROBES)
         ]
-        yield path, max(sum(found) / _PROBES, 0.0) / w.numel() * float(error.square().sum())
+        off = float(error.square().sum())
+        yield path, max(sum(found) / _PROBES, 0.0) / w.numel() * off if off else 0.0
 
 
 def _curvature(work: _Work, of: Callable[[Any], Tensor], path: str, w: Tensor, d: Tensor, args: Any, kwargs: Any) -> float:
