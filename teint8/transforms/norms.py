@@ -50,7 +50,7 @@ def normalize(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
     return ops.norm(x, weight, bias, kind=kind, eps=eps, impl=impl)
 
 
-OTHERS = {
+OTHERS: dict[Any, int] = {
     **dict.fromkeys((torch.batch_norm, torch.instance_norm), 1),
     **dict.fromkeys((F.group_norm, torch.group_norm), 2),
     **dict.fromkeys((F.batch_norm, F.instance_norm), 3),
