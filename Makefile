@@ -10,7 +10,7 @@ demo: $(VENV)/.demo
 	$(RUN) -m teint8 demo
 
 test: $(VENV)/.test
-	$(RUN) -m pytest -q -n 2
+	$(RUN) -m pytest -q -n 2 --dist worksteal
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
