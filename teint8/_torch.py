@@ -1,7 +1,6 @@
 """Every private torch API that teint8 leans on, each with the versions it was seen on (2.11, 2.13) and a test."""
 
 import contextlib
-import functools
 import inspect
 import sys
 import threading
@@ -193,99 +192,11 @@ def storage_uses(storage: torch.UntypedStorage) -> int:
     return int(torch._C._storage_Use_Count(storage._cdata))
 
 
-def inductor(gm: Any, inputs: Any, mode: str | None, options: dict[str, Any]) -> Any:
-    """Compile a graph by Inductor with a mode of torch.compile's and options of Inductor's. Seen on torch 2.11 and 2.13.
-
-    Values are rounded to their dtype where eager mode rounds them, unless the options say otherwise: what is quantized is the same.
-    """
-    from torch._inductor import list_mode_options
-    from torch._inductor.compile_fx import compile_fx
-
-    ours = {"emulate_precision_casts": True}
-    patches = {
-        **ours,
-        **(list_mode_options(mode) if mode else {}),
-        **{name.replace("-", "_"): value for name, value in options.items()},
-    }
-    return compile_fx(gm, inputs, config_patches=patches)
-
-
-@functools.cache
-def written_once_for(*ops: Any) -> None:
-    """Let Inductor write what calls of these ops take, once; otherwise it is computed for each. Seen on torch 2.11 and 2.13."""
-    from torch._inductor import lowering
-
-    def written(node: Any, *args: Any, **kwargs: Any) -> Any:
-        for arg in (*args, *kwargs.values()):
-            if hasattr(arg, "realize"):
-                arg.realize()
-        return lowering.constrain_to_fx_strides(node, *args, **kwargs)
-
-    for op in ops:
-        lowering.make_fallback(op, layout_constraint=written)
-
-
 def is_compiling() -> bool:
     """Whether this thread traces for a compiler. torch.compiler's flag is one for all threads, as long as any of them compiles."""
     if not torch.compiler.is_compiling():
         return False
     return torch.compiler.is_dynamo_compiling() or torch._C._len_torch_dispatch_stack() > 0
-
-
-@contextlib.contextmanager
-def compiling() -> Iterator[None]:
-    """What a backend of ours runs while it is traced counts as compiling, as in torch 2.13 anyway; 2.11 says so to Dynamo alone."""
-    before = torch.compiler._is_compiling_flag
-    torch.compiler._is_compiling_flag = True
-    try:
-        yield
-    finally:
-        torch.compiler._is_compiling_flag = before
-
-
-@contextlib.contextmanager
-def without_data() -> Any:
-    """A context for a dry run. It gives a function: of a tensor one without data, of a symbolic size a number, which guards nothing."""
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
-
-    with FakeTensorMode(shape_env=ShapeEnv()) as mode:
-
-        def fake(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                return mode.from_tensor(value, static_shapes=True)
-            return number(value) if isinstance(value, torch.SymInt) else value
-
-        yield fake
-
-
-def as_traced(tensors: list[Tensor], others: Any) -> list[Tensor]:
-    """Tensors of fixed shapes as the inputs, beside others, of a graph that is about to be traced."""
-    from torch._guards import detect_fake_mode
-
-    mode = detect_fake_mode(others)
-    return tensors if mode is None else [mode.from_tensor(t, static_shapes=True) for t in tensors]
-
-
-def let_modes_see(*functions: Any) -> None:
-    """Let Dynamo hand calls of these functions to modes, too: it does so for a list of functions alone. Seen on torch 2.11 and 2.13."""
-    from torch._dynamo.variables import torch as variables
-
-    variables.get_overridable_functions().update(functions)
-
-
-def tracing_context() -> Any:
-    """An object that lives as long as what Dynamo is tracing; it is another one when a trace is begun anew."""
-    return torch._guards.TracingContext.get()
-
-
-def hides_its_body(func: Any) -> bool:
-    """Whether functions that ``func`` is given (checkpoint, cond, scan, ...) are traced with no TorchFunctionMode; not attention's."""
-    return isinstance(func, torch._ops.HigherOrderOperator) and not str(func).startswith("flex_attention")
-
-
-def takes_data(func: Any) -> bool:
-    """Whether ``func`` stands for ``x.data`` in a graph of Dynamo's. Seen on torch 2.11 and 2.13."""
-    return getattr(func, "__name__", "") == "_get_data_attr"
 
 
 def number(size: Any) -> int:
@@ -327,28 +238,3 @@ class Writes(TorchDispatchMode):
 def memory_of(t: Tensor) -> int:
     """What tells the memory of one tensor, also of one without data, from that of another, while both live."""
     return int(t.untyped_storage()._cdata) if t.layout is torch.strided else id(t)
-
-
-def source_name(placeholder: Any) -> str:
-    """The expression by which Dynamo reaches an input of its graph, or its name. Seen on torch 2.11 (a method) and 2.13."""
-    source = getattr(placeholder, "_dynamo_source", None)
-    name = getattr(source, "name", placeholder.name)
-    return str(name() if callable(name) else name)
-
-
-def as_captured(old: Any, new: Any, static: int) -> None:
-    """Let AOTAutograd know what Dynamo said of an old graph of a new one with the same inputs and ``static`` more behind them.
-
-    That is by which sources it reaches them, and which keep their address from call to call, as the new ones do: a CUDA graph reads
-    those where they are. Seen on torch 2.11 and 2.13.
-    """
-    if not hasattr(old, "_param_name_to_source"):
-        return
-    new._param_name_to_source = old._param_name_to_source
-    sources = [node for node in old.graph.nodes if node.op == "placeholder"]
-    placeholders = [node for node in new.graph.nodes if node.op == "placeholder"]
-    for node, source in zip(placeholders, sources, strict=False):
-        node._dynamo_source = source._dynamo_source
-    for node in placeholders[len(placeholders) - static :]:
-        node._dynamo_source = None
-        node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from teint8 import _torch
+from teint8 import _compilers, _torch
 from teint8.ops import tuning
 from teint8.policy import OPS, Policy, Rule, glob
 from teint8.qtensor import QTensor
@@ -75,7 +75,7 @@ def backend(gm: fx.GraphModule, inputs: Sequence[Any], *, mode: str | None = Non
     how, inductor = _read(options or {})
     mode = mode or (options or {}).get("mode")  # torch.compile takes one of mode and options
     if not has_matmuls(gm):
-        return _torch.inductor(gm, list(inputs), mode, inductor)
+        return _compilers.inductor(gm, list(inputs), mode, inductor)
     program = _Program(gm, how, list(inputs))
     if how.strict:
         _check_paths(how.policy)
@@ -84,7 +84,7 @@ def backend(gm: fx.GraphModule, inputs: Sequence[Any], *, mode: str | None = Non
         tuning.tune_new(program.problems(inputs), gpu)
     extras = program.packable(inputs)
     whole = program.as_graph(extras)
-    compiled = _torch.inductor(whole, [*inputs, *program.fakes(inputs, extras)], mode, inductor)
+    compiled = _compilers.inductor(whole, [*inputs, *program.fakes(inputs, extras)], mode, inductor)
     followers = [(extra.position, Follower(extra.axis, extra.granularity)) for extra in extras]
     met = _Met(program, inputs) if how.receipt is not None or any(rule.path != "*" for rule in how.policy.rules) else None
     if not followers and met is None:
@@ -209,9 +209,9 @@ class _Interpreter(fx.Interpreter):
         return self.constant(super().get_attr(target, args, kwargs))
 
     def run_node(self, n: fx.Node) -> Any:
-        if _torch.hides_its_body(n.target):
+        if _compilers.hides_its_body(n.target):
             self._look_into(n)
-        if _torch.takes_data(n.target) and self.route.shared is not None:
+        if _compilers.takes_data(n.target) and self.route.shared is not None:
             self.route.shared.forget(self.env[n.args[0]])  # type: ignore[index]
         result = super().run_node(n)
         known = self.weights.get(n)
@@ -250,7 +250,7 @@ class _Program:
     ) -> tuple[Any, _GraphRoute]:
         """The results of the graph under a route, and that route; ``constant`` maps what the graph holds itself."""
         route = _GraphRoute(how or self.how, record, held)
-        with route, _torch.compiling():
+        with route, _compilers.compiling():
             return _Interpreter(self.gm, route, self.weights, constant).run(*args), route
 
     def renamed(self, paths: dict[int, str]) -> "_Program":
@@ -265,7 +265,7 @@ class _Program:
 
     def dry_run(self, inputs: Sequence[Any], record: bool, how: _How | None = None) -> None:
         """Run on tensors without data, for what the receipt then says."""
-        with _torch.without_data() as fake, torch.no_grad():
+        with _compilers.without_data() as fake, torch.no_grad():
             self.run([fake(value) for value in inputs], record, {}, fake, how)
 
     def packable(self, inputs: Sequence[Any]) -> list[_Extra]:
@@ -276,7 +276,7 @@ class _Program:
         enabled = torch.is_grad_enabled()
         if (enabled if self.how.training is None else self.how.training) or enables_gradients(self.gm):
             return []
-        with _torch.without_data() as fake, torch.no_grad(), _torch.Writes() as writes:
+        with _compilers.without_data() as fake, torch.no_grad(), _torch.Writes() as writes:
             fakes = [fake(value) for value in inputs]
             writes.storages.clear()
             _, route = self.run(fakes, False, {}, fake)
@@ -310,7 +310,7 @@ class _Program:
         for extra in extras:
             packed = held_of(inputs[extra.position]).get(inputs[extra.position], extra.axis, extra.granularity)
             out += (packed.codes, packed.scale)
-        return _torch.as_traced(out, inputs)
+        return _compilers.as_traced(out, inputs)
 
     def as_graph(self, extras: list[_Extra]) -> fx.GraphModule:
         """A graph of one call, which runs this one under a route; codes and scales of ``extras`` are its last inputs."""
@@ -337,7 +337,7 @@ class _Program:
         graph.output(tuple(graph.call_function(_item, (whole, i)) for i in range(len(results))))  # type: ignore[arg-type]
         made = fx.GraphModule(self.gm, graph)
         made.meta = dict(self.gm.meta)
-        _torch.as_captured(self.gm, made, 2 * len(extras))
+        _compilers.as_captured(self.gm, made, 2 * len(extras))
         return made
 
 

@@ -90,8 +90,7 @@ class Conditioned:
 
     def apply(self, x: Tensor) -> Tensor:
         """x (..., K) as it is quantized; in float32 where it is rotated, and where a half is smoothed, for it would round."""
-        if self.outliers:
-            x = x.index_fill(-1, self._index(x), 0)
+        x = self._without_outliers(x)
         if self.smoothing is not None:
             x = divided(x, self.smoothing)
         return hadamard(_wide(x), self.rotation) if self.rotation else x
@@ -101,17 +100,13 @@ class Conditioned:
 
         With a static ``scale``, one number, by that.
         """
-        if self.outliers:
-            x = x.index_fill(-1, self._index(x), 0)
-        return conditioned_codes(x, self.smoothing, self.rotation, scale)
+        return conditioned_codes(self._without_outliers(x), self.smoothing, self.rotation, scale)
 
     def conditioned(self) -> Tensor:
         """The weight (N, K) that meets ``apply(x)``, in the dtype of that."""
         if isinstance(self.weight, QTensor):
             return self.weight.dequantize()
-        w = self.weight
-        if self.outliers:
-            w = w.index_fill(-1, self._index(w), 0)
+        w = self._without_outliers(self.weight)
         if self.smoothing is not None:
             w = w.float() if w.dtype == torch.float16 else w
             w = w * self.smoothing.detach().to(w.dtype)
@@ -152,6 +147,10 @@ class Conditioned:
         """The same with a float weight."""
         static = self.weight.activation_scale if isinstance(self.weight, QTensor) else self.activation_scale
         return dataclasses.replace(self, weight=self.dequantize(), outlier_weight=None, activation_scale=static)
+
+    def _without_outliers(self, t: Tensor) -> Tensor:
+        """t (..., K) with 0 in the channels that are set aside."""
+        return t.index_fill(-1, self._index(t), 0) if self.outliers else t
 
     def _index(self, like: Tensor) -> Tensor:
         """The channels in ``outliers`` on the device of ``like``; kept, for to bring them there makes the host wait."""

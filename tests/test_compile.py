@@ -207,7 +207,7 @@ def test_products_by_what_is_no_weight(device: str) -> None:
 
 def test_another_thread_is_not_compiling() -> None:
     """torch's flag is one for all threads."""
-    from teint8 import _torch
+    from teint8 import _compilers, _torch
 
     model, x = _exact("cpu")
     teint8.te_int8_autocast.cache_clear()
@@ -219,7 +219,7 @@ def test_another_thread_is_not_compiling() -> None:
             seen.append((_torch.is_compiling(), context._entered() != [0], different(model(x), want)))
 
     want = teint8.quantize(model)(dict(model.named_parameters()), x)
-    with _torch.compiling():
+    with _compilers.compiling():
         thread = threading.Thread(target=elsewhere)
         thread.start()
         thread.join()

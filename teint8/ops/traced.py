@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from teint8 import _torch, numerics
+from teint8 import _compilers, _torch, numerics
 
 FUSED_ON: tuple[str, ...] = ("cuda",)
 """Devices where this is done: on a CPU the kernel in C is faster."""
@@ -23,7 +23,7 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     Divisions are in float64: Inductor's float32 division is not that of IEEE 754 on GPUs, and a float64 quotient of float32 numbers,
     rounded to float32, is the correctly rounded one (2 * 24 + 2 <= 53).
     """
-    _torch.written_once_for(torch.ops.teint8.int8_mm.default)
+    _compilers.written_once_for(torch.ops.teint8.int8_mm.default)
     x = x.detach()
     absmax = numerics.absmax(x)
     finite = absmax.isfinite()

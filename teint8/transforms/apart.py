@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from teint8 import _torch
+from teint8 import _compilers
 
 _lock = threading.Lock()
 _before: list[bool] = []  # for each route that is entered, in any thread: what the switch was before the first
@@ -35,8 +35,8 @@ def leave() -> None:
 def enter_traced() -> bool:
     """A route is entered in code that Dynamo traces: it runs this once, while it traces, and a trace may be given up in between."""
     enter()
-    _torch.let_modes_see(torch._grouped_mm)
-    _traced.append(weakref.finalize(_torch.tracing_context(), leave))
+    _compilers.let_modes_see(torch._grouped_mm)
+    _traced.append(weakref.finalize(_compilers.tracing_context(), leave))
     return True
 
 

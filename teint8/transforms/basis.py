@@ -58,12 +58,9 @@ def _needs_codes_alone(route: Any, op: str, x: Any, weight: Operand, bias: Any) 
         return None
     if x.dtype != weight.value.dtype and autocast_dtype(x) is None:  # in its basis x may be wider, and fit
         return None
-    plain = direct(x, weight.value.codes, bias) and not differentiates(x, bias)
-    return (
-        rule.activation
-        if plain and rule.compute == "int8" and rule.activation is not None and rule.activation.grouping == "row"
-        else None
-    )
+    if rule.compute != "int8" or rule.activation is None or rule.activation.grouping != "row":
+        return None
+    return rule.activation if direct(x, weight.value.codes, bias) and not differentiates(x, bias) else None
 
 
 def _codes(route: Any, x: Tensor, conditioning: Conditioned, static: bool) -> tuple[Tensor, Tensor]:

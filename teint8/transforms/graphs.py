@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from teint8 import _torch
+from teint8 import _compilers
 from teint8.transforms import callsite
 from teint8.transforms.calls import FLOAT_ONLY, HANDLERS, know_transformers
 
@@ -17,7 +17,7 @@ _OPERATORS: dict[Any, Any] = {operator.matmul: Tensor.matmul, operator.imatmul: 
 def has_matmuls(gm: fx.GraphModule) -> bool:
     """Whether a graph calls anything that a route takes over; an optimizer's does not."""
     know_transformers()
-    return any(function_of(n) in HANDLERS or _torch.hides_its_body(n.target) for n in gm.graph.nodes)
+    return any(function_of(n) in HANDLERS or _compilers.hides_its_body(n.target) for n in gm.graph.nodes)
 
 
 def function_of(n: fx.Node) -> Any:
@@ -34,7 +34,9 @@ def hidden_matmuls(gm: fx.GraphModule, n: fx.Node) -> list[fx.Node]:
     for body in bodies:
         if isinstance(body, fx.GraphModule):
             found += [call for call in body.graph.nodes if function_of(call) in HANDLERS and function_of(call) not in FLOAT_ONLY]
-            found += [call for inner in body.graph.nodes if _torch.hides_its_body(inner.target) for call in hidden_matmuls(body, inner)]
+            found += [
+                call for inner in body.graph.nodes if _compilers.hides_its_body(inner.target) for call in hidden_matmuls(body, inner)
+            ]
     return found
 
 
@@ -59,7 +61,7 @@ def weights_of(
 ) -> dict[fx.Node, tuple[int, str]]:
     """Nodes that stand for weights, with the index of the input and its path."""
     origin = {node: i for i, node in enumerate(placeholders)}
-    sources = [_torch.source_name(node) for node in placeholders]
+    sources = [_compilers.source_name(node) for node in placeholders]
     named = f"L['{params}']"
     chosen = {i for i, value in enumerate(inputs) if isinstance(value, torch.nn.Parameter) or sources[i].startswith(named)}
     told = bool(chosen)

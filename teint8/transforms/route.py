@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from teint8 import _torch, ops
+from teint8 import _compilers, _torch, ops
 from teint8.ops.conv_layout import contracted
 from teint8.ops.shared import Shared
 from teint8.policy import Policy, Rule
@@ -60,7 +60,7 @@ class Route(Recording, TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         handler = HANDLERS.get(func)
         if handler is None:
-            if torch.compiler.is_dynamo_compiling() and self.policy.rules and _torch.hides_its_body(func):
+            if torch.compiler.is_dynamo_compiling() and self.policy.rules and _compilers.hides_its_body(func):
                 raise RuntimeError(
                     f"teint8: matmuls inside of {func} would stay float: in compiled code its body is traced outside of the routing. "
                     "Compile the float model with torch.compile(model, backend='teint8'), which sees checkpoints; or leave fullgraph "
