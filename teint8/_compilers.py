@@ -21,7 +21,12 @@ def inductor(gm: Any, inputs: Any, mode: str | None, options: dict[str, Any]) ->
     Values are rounded to their dtype where eager mode rounds them, unless the options say otherwise: what is quantized is the same.
     """
     from torch._inductor import list_mode_options
-    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+    from torch._inductor.virtualized import V
+
+    def inner(*args: Any, **kwargs: Any) -> Any:
+        with V.set_choices_handler(rows_at_once(V.choices)):
+            return compile_fx_inner(*args, **kwargs)
 
     ours = {"emulate_precision_casts": True}
     patches = {
@@ -29,7 +34,33 @@ def inductor(gm: Any, inputs: Any, mode: str | None, options: dict[str, Any]) ->
         **(list_mode_options(mode) if mode else {}),
         **{name.replace("-", "_"): value for name, value in options.items()},
     }
-    return compile_fx(gm, inputs, config_patches=patches)
+    return compile_fx(gm, inputs, inner_compile=inner, config_patches=patches)
+
+
+ROW = 1 << 14
+"""Elements of a row that a program of Inductor's may hold at once where it quantizes."""
+
+
+def rows_at_once(choices: Any) -> Any:
+    """Inductor's choices, but that a kernel which writes codes holds a whole row, where Inductor reads longer ones than 1024 twice.
+
+    Seen on torch 2.11 and 2.13: a subclass is the documented way to change them, ``V.set_choices_handler`` to say so.
+    """
+    from torch._inductor.runtime.hints import ReductionHint
+    from torch._inductor.virtualized import V
+
+    class Choices(type(choices)):  # type: ignore[misc]
+        @staticmethod
+        def should_use_persistent_reduction(features: Any, cooperative_reduction: bool) -> bool:
+            if not cooperative_reduction and features.get_reduction_hint() == ReductionHint.INNER:
+                codes = any(n.node is not None and n.node.get_dtype() == torch.int8 for n in features.scheduler_nodes())
+                if codes and V.graph.sizevars.statically_known_leq(features.reduction_numel, ROW):
+                    return True
+            return bool(type(choices).should_use_persistent_reduction(features, cooperative_reduction))
+
+    made = Choices.__new__(Choices)
+    made.__dict__.update(choices.__dict__)
+    return made
 
 
 @functools.cache

@@ -7,9 +7,11 @@ import pathlib
 import re
 import threading
 import warnings
+from types import SimpleNamespace
 
 import grid
 import pytest
+import sympy
 import torch
 import torch.nn.functional as F
 from contract import different
@@ -340,6 +342,38 @@ def test_fused_quantization_writes_codes_and_scales_only(device: str) -> None:
     made = re.findall(r"= empty_strided_\w+\(\((40, \d+)\), \(\d+, 1\), torch\.(\w+)\)", text)
     # of the size of h its codes, once, for both linears, and those of what goes down; scales have a column
     assert sorted((size, dtype) for size, dtype in made if not size.endswith(", 1")) == [("40, 64", "int8"), ("40, 96", "int8")]
+
+
+def test_long_rows_are_held_at_once_where_codes_are_written() -> None:
+    """Inductor alone reads rows of more than 1024 elements twice; everything but what writes codes is left to it."""
+    from torch._inductor.runtime.hints import ReductionHint
+    from torch._inductor.sizevars import SizeVarAllocator
+    from torch._inductor.virtualized import V
+
+    from teint8 import _compilers
+
+    def held(columns: int, dtype: torch.dtype, hint: ReductionHint = ReductionHint.INNER, cooperative: bool = False) -> bool:
+        node = SimpleNamespace(node=SimpleNamespace(get_dtype=lambda: dtype))
+        size = sympy.Integer(columns)
+        features = SimpleNamespace(
+            scheduler_nodes=lambda: (node,), get_reduction_hint=lambda: hint, reduction_numel=size, numel=sympy.Integer(64)
+        )
+        with V.set_graph_handler(SimpleNamespace(sizevars=SizeVarAllocator())):
+            return _compilers.rows_at_once(V.choices).should_use_persistent_reduction(features, cooperative)
+
+    assert held(14336, torch.int8) and held(64, torch.int8) and held(64, torch.bfloat16)
+    assert not held(14336, torch.bfloat16) and not held(2**15, torch.int8) and not held(14336, torch.int8, ReductionHint.OUTER)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_long_rows_are_read_once_on_a_gpu() -> None:
+    model = nn.Sequential(nn.RMSNorm(4096), nn.Linear(4096, 16, bias=False)).cuda()
+    x = torch.randn(8, 4096, device="cuda")
+    with torch.no_grad():
+        y, code = torch._inductor.utils.run_and_get_code(_compiled(model, force_disable_caches=True), x)
+        torch.testing.assert_close(y, teint8.quantize(model)(dict(model.named_parameters()), x), rtol=1e-2, atol=1e-2)
+    text = "\n".join(code)
+    assert "triton_per_" in text and "triton_red_" not in text
 
 
 MASKS = {
