@@ -1,12 +1,13 @@
 /* The matmul where the CPU has AVX2 and nothing newer: codes become 16-bit numbers, of which one instruction multiplies 16 and adds pairs.
  * A pair of products is at most 2 * 127 * 127, so that int32 holds what int32 must. Rows are multiplied with rows as they lie. */
-static inline void avx2_row(int8_t *row, int64_t kp) { (void)row; (void)kp; }
+static inline void avx2_place(const int8_t *row, int8_t *codes, int64_t i, int64_t kp) { memcpy(codes + i * kp, row, kp); }
 static inline void avx2_begin(void) {}
 static inline void avx2_end(void) {}
 
 /* 32 channels of w (n, k), from channel c, with zeros past the edges. */
-static inline void avx2_pack(const int8_t *w, int64_t c, int64_t n, int64_t k, int8_t *panel, int64_t kp)
+static inline void avx2_pack(const int8_t *w, int64_t c, int64_t n, int64_t k, int8_t *panel, int8_t *stage, int64_t kp)
 {
+    (void)stage;
     for (int64_t i = 0; i < 32; i++) {
         const int64_t count = c + i < n ? k : 0;
         memcpy(panel + i * kp, w + (c + i) * k, count);

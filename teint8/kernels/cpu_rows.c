@@ -117,10 +117,9 @@ EPILOGUE(f16)
 #ifdef __AVX512BW__
 /* 32 channels of w (n, k), from channel c, as two panels of 16: 64 bytes hold four consecutive k of each channel, as tiles and
  * VNNI want them; zeros past the edges. Transposed anew in each call: a second copy of the weights would cost more than it saves. */
-static inline void pack(const int8_t *w, int64_t c, int64_t n, int64_t k, int8_t *panels, int64_t kp)
+static inline void pack(const int8_t *w, int64_t c, int64_t n, int64_t k, int8_t *panels, int8_t *stage, int64_t kp)
 {
     /* weights come from memory: they are read in order, as the hardware's prefetcher likes it, and transposed in the cache */
-    int8_t *stage = panels + 32 * kp;
     memcpy(stage, w + c * k, (n - c < 32 ? n - c : 32) * k);
     for (int p = 0; p < 2; p++) {
         int64_t first = c + p * 16;
@@ -155,53 +154,80 @@ static inline void pack(const int8_t *w, int64_t c, int64_t n, int64_t k, int8_t
 }
 #endif
 
+/* How the channels, in pairs of panels, and the rows, in blocks, are cut into jobs: groups of pairs of which one thread packs all, and
+ * parts of the rows. A pair is packed once in each job, which takes about as long as a block of rows. */
+struct cut { int64_t groups, parts; };
+
+static struct cut cut_of(int64_t pairs, int64_t blocks, int64_t least, int64_t threads)
+{
+    struct cut best = {pairs, 1};
+    int64_t lowest = INT64_MAX;
+    for (int64_t parts = 1; parts <= threads && parts <= blocks; parts++)
+        for (int64_t rounds = 1; rounds <= 4; rounds++) {
+            int64_t groups = rounds * threads / parts;
+            groups = groups < least ? least : groups > pairs ? pairs : groups;
+            int64_t turns = (groups * parts + threads - 1) / threads;
+            int64_t cost = turns * ((pairs + groups - 1) / groups) * ((blocks + parts - 1) / parts + 1);
+            if (cost < lowest) {
+                lowest = cost;
+                best = (struct cut){groups, parts};
+            }
+        }
+    return best;
+}
+
 /* y (m, n) from x (m, k), or where x is NULL from codes of it (row stride ldx) and their scales. Else scales (m) are written. codes (m
- * rounded up to a block's rows, kp) is scratch, and so are panels, 64 * kp aligned bytes a thread.
+ * rounded up to a block's rows, kp) is scratch, and so is each thread's: 32 * kp bytes, and PANEL(kp) for each of `held` panels.
  *
- * Where the codes of all rows are more than half of an L2 cache, all channels are multiplied by some rows before the next ones. */
-#define LINEAR(ISA, ROWS, T)                                                                                               \
-    void ISA##_linear_##T(const T *x, const int8_t *given, int64_t ldx, int8_t *codes, float *scales, const int8_t *w,     \
-                          const float *w_scale, const float *bias, T *y, int8_t *panels, int64_t m, int64_t n, int64_t k,  \
-                          int64_t kp, int threads)                                                                         \
-    {                                                                                                                      \
-        const int64_t pairs = (n + 31) / 32, blocks = (m + 255) / 256;                                                     \
-        const int64_t rows = ((m + blocks - 1) / blocks + ROWS - 1) / ROWS * ROWS; /* as many in each as can be */         \
-        const int by_rows = m * kp > 1 << 19;                                                                              \
-        _Pragma("omp parallel num_threads(threads)")                                                                       \
-        {                                                                                                                  \
-            _Pragma("omp for schedule(static)")                                                                            \
-            for (int64_t i = 0; i < m; i++) {                                                                              \
-                int8_t *row = codes + i * kp;                                                                              \
-                if (x) scales[i] = quantize_row_##T(x + i * ldx, row, k, kp, 0, 0, 0);                                     \
-                else {                                                                                                     \
-                    memcpy(row, given + i * ldx, k);                                                                       \
-                    memset(row + k, 0, kp - k);                                                                            \
-                }                                                                                                          \
-                ISA##_row(row, kp);                                                                                        \
-            }                                                                                                              \
-            ISA##_begin();                                                                                                 \
-            int32_t sums[ROWS * 32] __attribute__((aligned(64)));                                                          \
-            int8_t *panel = panels + omp_get_thread_num() * 64 * kp;                                                       \
-            int64_t packed = -1;                                                                                           \
-            _Pragma("omp for schedule(static)")                                                                            \
-            for (int64_t job = 0; job < pairs * blocks; job++) {                                                           \
-                int64_t c = (by_rows ? job % pairs : job / blocks) * 32;                                                   \
-                int64_t first = (by_rows ? job / pairs : job % blocks) * rows, last = first + rows < m ? first + rows : m; \
-                int64_t wide = n - c < 32 ? n - c : 32;                                                                    \
-                if (packed != c) ISA##_pack(w, c, n, k, panel, kp);                                                        \
-                packed = c;                                                                                                \
-                for (int64_t i = first; i < last; i += ROWS) {                                                             \
-                    ISA##_block(codes + i * kp, panel, kp, sums);                                                          \
-                    for (int64_t r = i; r < i + ROWS && r < last; r++) {                                                   \
-                        const int32_t *s = sums + (r - i) * 32;                                                            \
-                        T *out = y + r * n + c;                                                                            \
-                        if (wide == 32) row_##T(s, w_scale + c, scales[r], bias ? bias + c : 0, out, 32);                  \
-                        else row_##T(s, w_scale + c, scales[r], bias ? bias + c : 0, out, wide);                           \
-                    }                                                                                                      \
-                }                                                                                                          \
-            }                                                                                                              \
-            ISA##_end();                                                                                                   \
-        }                                                                                                                  \
+ * A job's panels are packed first and stay in the L2 cache, with the codes of some rows: all of them are multiplied by those before the
+ * next rows, so that a page of y is written in one go. */
+#define PANEL(KP) (32 * (KP) + 128)
+#define LINEAR(ISA, ROWS, T)                                                                                                    \
+    void ISA##_linear_##T(const T *x, const int8_t *given, int64_t ldx, int8_t *codes, float *scales, const int8_t *w,          \
+                          const float *w_scale, const float *bias, T *y, int8_t *scratch, int64_t held, int64_t m, int64_t n,   \
+                          int64_t k, int64_t kp, int threads)                                                                   \
+    {                                                                                                                           \
+        const int64_t pairs = (n + 31) / 32, blocks = (m + ROWS - 1) / ROWS, fit = (1 << 18) / (kp * ROWS), most = 128 / ROWS;   \
+        const int64_t step = fit < 1 ? 1 : fit < most ? fit : most; /* blocks whose codes are read again and again */           \
+        const struct cut cut = cut_of(pairs, blocks, blocks <= step ? pairs : (pairs + held - 1) / held, threads);              \
+        _Pragma("omp parallel num_threads(threads)")                                                                            \
+        {                                                                                                                       \
+            int8_t *stage = scratch + omp_get_thread_num() * (32 * kp + held * PANEL(kp)), *panels = stage + 32 * kp;           \
+            _Pragma("omp for schedule(static)")                                                                                 \
+            for (int64_t i = 0; i < m; i++) {                                                                                   \
+                if (x) scales[i] = quantize_row_##T(x + i * ldx, stage, k, kp, 0, 0, 0);                                        \
+                else {                                                                                                          \
+                    memcpy(stage, given + i * ldx, k);                                                                          \
+                    memset(stage + k, 0, kp - k);                                                                               \
+                }                                                                                                               \
+                ISA##_place(stage, codes, i, kp);                                                                               \
+            }                                                                                                                   \
+            ISA##_begin();                                                                                                      \
+            int32_t sums[ROWS * 32] __attribute__((aligned(64)));                                                               \
+            int64_t packed = -1;                                                                                                \
+            _Pragma("omp for schedule(static)")                                                                                 \
+            for (int64_t job = 0; job < cut.groups * cut.parts; job++) {                                                        \
+                const int64_t group = job / cut.parts, part = job % cut.parts;                                                  \
+                const int64_t first = group * pairs / cut.groups, last = (group + 1) * pairs / cut.groups;                      \
+                const int64_t end = (part + 1) * blocks / cut.parts;                                                            \
+                for (int64_t p = first; p < last && packed != group; p++)                                                       \
+                    ISA##_pack(w, p * 32, n, k, panels + (p - first) * PANEL(kp), stage, kp);                                   \
+                packed = group;                                                                                                 \
+                for (int64_t from = part * blocks / cut.parts; from < end; from += step)                                        \
+                    for (int64_t p = first; p < last; p++)                                                                      \
+                        for (int64_t b = from; b < from + step && b < end; b++) {                                               \
+                            const int64_t c = p * 32, wide = n - c < 32 ? n - c : 32, i = b * ROWS;                             \
+                            ISA##_block(codes + i * kp, panels + (p - first) * PANEL(kp), kp, sums);                            \
+                            for (int64_t r = i; r < i + ROWS && r < m; r++) {                                                   \
+                                const int32_t *s = sums + (r - i) * 32;                                                         \
+                                T *out = y + r * n + c;                                                                         \
+                                if (wide == 32) row_##T(s, w_scale + c, scales[r], bias ? bias + c : 0, out, 32);               \
+                                else row_##T(s, w_scale + c, scales[r], bias ? bias + c : 0, out, wide);                        \
+                            }                                                                                                   \
+                        }                                                                                                       \
+            }                                                                                                                   \
+            ISA##_end();                                                                                                        \
+        }                                                                                                                       \
     }
 
 #if defined(__AVX2__) && !defined(__AVX512F__)
@@ -211,17 +237,17 @@ static inline void pack(const int8_t *w, int64_t c, int64_t n, int64_t k, int8_t
 #ifdef __AVX512VNNI__
 /* dpbusd multiplies unsigned by signed bytes: codes of x are stored as code + 128, and each channel's sum starts at -128 times the sum
  * of its weights, which is kept behind the panels. */
-static inline void vnni_row(int8_t *row, int64_t kp)
+static inline void vnni_place(const int8_t *row, int8_t *codes, int64_t i, int64_t kp)
 {
-    for (int64_t j = 0; j < kp; j++) row[j] ^= (int8_t)0x80;
+    for (int64_t j = 0; j < kp; j++) codes[i * kp + j] = row[j] ^ (int8_t)0x80;
 }
 
 static inline void vnni_begin(void) {}
 static inline void vnni_end(void) {}
 
-static inline void vnni_pack(const int8_t *w, int64_t c, int64_t n, int64_t k, int8_t *panels, int64_t kp)
+static inline void vnni_pack(const int8_t *w, int64_t c, int64_t n, int64_t k, int8_t *panels, int8_t *stage, int64_t kp)
 {
-    pack(w, c, n, k, panels, kp);
+    pack(w, c, n, k, panels, stage, kp);
     for (int p = 0; p < 2; p++) {
         __m512i start = _mm512_setzero_si512();
         for (int64_t j = 0; j < kp; j += 4)
@@ -261,7 +287,12 @@ LINEAR(vnni, VNNI_ROWS, f16)
 
 int amx_enable(void) { return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0; }
 
-static inline void amx_row(int8_t *row, int64_t kp) { (void)row; (void)kp; }
+/* Tile by tile: 16 rows of 64 codes are 1024 bytes, so that a tile is read in order and its rows never share a set of the cache. */
+static inline void amx_place(const int8_t *row, int8_t *codes, int64_t i, int64_t kp)
+{
+    int8_t *out = codes + i / 16 * 16 * kp + i % 16 * 64;
+    for (int64_t j = 0; j < kp; j += 64) memcpy(out + j * 16, row + j, 64);
+}
 
 struct tiles { uint8_t palette, start, reserved[14]; uint16_t bytes[16]; uint8_t rows[16]; };
 
@@ -274,16 +305,16 @@ static inline void amx_begin(void)
 
 static inline void amx_end(void) { _tile_release(); }
 
-static inline void amx_pack(const int8_t *w, int64_t c, int64_t n, int64_t k, int8_t *panels, int64_t kp) { pack(w, c, n, k, panels, kp); }
+#define amx_pack pack
 
-/* Four tiles of sums: 32 rows of codes (row stride kp) by 32 channels (two panels). */
+/* Four tiles of sums: 32 rows of codes, in tiles, by 32 channels (two panels). */
 static inline void amx_block(const int8_t *a, const int8_t *b, int64_t kp, int32_t *sums)
 {
     _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
     for (int64_t j = 0; j < kp; j += 64) {
-        _tile_loadd(4, a + j, kp);
+        _tile_loadd(4, a + j * 16, 64);
         _tile_loadd(6, b + j * 16, 64);
-        _tile_loadd(5, a + 16 * kp + j, kp);
+        _tile_loadd(5, a + (kp + j) * 16, 64);
         _tile_loadd(7, b + (kp + j) * 16, 64);
         _tile_dpbssd(0, 4, 6);
         _tile_dpbssd(1, 4, 7);

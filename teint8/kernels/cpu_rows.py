@@ -22,6 +22,7 @@ BLOCK_ROWS = {"amx": 32, "vnni": 12, "avx2": 2}
 
 _SOURCE = pathlib.Path(__file__).with_suffix(".c")
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
+_HELD = 1 << 18  # bytes of packed weights
 _ALONE = 1 << 14  # elements below which threads cost more than they bring
 
 
@@ -72,7 +73,7 @@ def quantize(x: Tensor, codes: Tensor, scales: Tensor, seed: Tensor | None, scal
 
 
 def linear(
-    isa: str, x: Tensor, codes: Tensor, scales: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, y: Tensor, panels: Tensor
+    isa: str, x: Tensor, codes: Tensor, scales: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, y: Tensor, scratch: Tensor
 ) -> None:
     """Fill y (M, N) from x (M, K): floats, whose scales are written, or int8 codes, whose scales are given.
 
@@ -83,7 +84,7 @@ def linear(
         scales: float32 (M,).
         w: contiguous int8 (N, K).
         w_scale, bias: contiguous float32 (N,).
-        panels: scratch, int8 (64 times the number of threads, K rounded up to 64), aligned to 64 bytes.
+        scratch: int8 (threads, ``scratch_bytes``), aligned to 64 bytes; as many threads run at most.
 
     """
     (m, n), k = y.shape, w.shape[1]
@@ -98,13 +99,24 @@ def linear(
         w_scale.data_ptr(),
         None if bias is None else bias.data_ptr(),
         y.data_ptr(),
-        panels.data_ptr(),
+        scratch.data_ptr(),
+        _panels(n, codes.shape[1]),
         m,
         n,
         k,
         codes.shape[1],
-        min(_threads(m * n * k // 64), panels.shape[0] // 64),
+        min(_threads(m * n * k // 64), scratch.shape[0]),
     )
+
+
+def _panels(n: int, kp: int) -> int:
+    """Panels of 32 channels that a thread packs at once: as many as are half of an L2 cache."""
+    return max(1, min(-(-n // 32), _HELD // (32 * kp)))
+
+
+def scratch_bytes(n: int, kp: int) -> int:
+    """What a thread of ``linear`` needs, for N channels of K rounded up to 64: PANEL of cpu_rows.c for each panel, and one to read."""
+    return 32 * kp + _panels(n, kp) * (32 * kp + 128)
 
 
 def epilogue(sums: Tensor, x_scale: Tensor, w_scale: Tensor, bias: Tensor | None, y: Tensor) -> None:
@@ -180,7 +192,7 @@ def _function(name: str) -> Callable[..., None]:
         "depthwise": [*[pointer] * 8, number],
         "taps": [pointer, pointer, size, size],
         "windows": [*[pointer] * 3, number],
-        "linear": [pointer, pointer, size, *[pointer] * 7, size, size, size, size, number],
+        "linear": [pointer, pointer, size, *[pointer] * 7, size, size, size, size, size, number],
     }[name.split("_")[-2]]
     function.restype = None
     callable_: Callable[..., None] = function

@@ -150,16 +150,16 @@ def _in_c(isa: str, x: Tensor, xs: Tensor | None, wq: Tensor, ws: Tensor, bias: 
     x = x if x.stride(1) == 1 else x.contiguous()
     kp, block = _up(k, 64), cpu_rows.BLOCK_ROWS[isa]
     chunk = min(m, max(_CODES // kp // block * block, 256 // block * block))
-    codes, scales, panels = _scratch.get(
+    codes, scales, scratch = _scratch.get(
         codes=(torch.int8, _up(chunk, block), kp),
         scales=(torch.float32, 1, chunk),
-        panels=(torch.int8, 64 * torch.get_num_threads(), kp),
+        scratch=(torch.int8, torch.get_num_threads(), cpu_rows.scratch_bytes(n, kp)),
     )
     wq, ws, bias = wq.contiguous(), ws.contiguous(), _float32(bias)
     y = _results.empty(m, n, dtype)
     for i in range(0, m, chunk):
         xi, yi = (x, y) if chunk == m else (x[i : i + chunk], y[i : i + chunk])
-        cpu_rows.linear(isa, xi, codes, scales if xs is None else xs[i : i + chunk], wq, ws, bias, yi, panels)
+        cpu_rows.linear(isa, xi, codes, scales if xs is None else xs[i : i + chunk], wq, ws, bias, yi, scratch)
     return y
 
 
