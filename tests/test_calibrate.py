@@ -324,14 +324,17 @@ def test_square_weights_of_the_other_layout(device: str) -> None:
     assert different(serve(teint8.pack(serve, ready, x), x), serve(ready, x)) == 0
 
 
-@pytest.mark.parametrize("size", [1e-30, 1.0, 1e6, 1e30])
+@pytest.mark.parametrize("size", [2.0**-100, 2.0**-20, 2.0**20, 2.0**100, 1e-30, 1e6, 1e30])
 @pytest.mark.parametrize("how", METHODS)
 def test_scales_of_any_size(how: str, size: float, device: str) -> None:
+    """A power of two moves every bin of a histogram, and so every scale, by itself; another factor moves values among bins."""
     model = nn.Linear(16, 4).to(device)
     qfn, params = teint8.quantize(model), dict(model.named_parameters())
     x = torch.randn(4096, 16, device=device, generator=torch.Generator(device).manual_seed(0))
     top, other = (float(teint8.scales(teint8.calibrate(qfn, params, [t], progress=False), how)["weight"]) for t in (x, x * size))
-    assert math.isclose(other / size, top, rel_tol=0.05)
+    exact = math.frexp(size)[0] == 0.5
+    # the divergence of KL is flat near its least value: over 60 draws of x the place of that moved by up to a third
+    assert math.isclose(other / size, top, rel_tol=1e-6 if exact else 0.5 if how == "entropy" else 0.05)
 
 
 def test_functions_of_a_tuple_of_dicts(device: str) -> None:
