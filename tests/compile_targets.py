@@ -176,8 +176,11 @@ def kernels(arch: int) -> None:
         core(f"attention {d} {masked}", arch, attention._attention_kernel, how, pointers, num_warps=t.warps, num_stages=t.stages)
     for k in (128, 4096, 16384):
         block_m, block_k, warps = rotate.tile_of(4096, k, "cuda")
-        how = dict(SMOOTHED=True, LEVELS=min(k, 1024).bit_length() - 1, CODES=True, STATIC=False, BLOCK_M=block_m, BLOCK_K=block_k)
-        core(f"rotate {k}", arch, rotate._rotate_kernel, how, {"smoothing_ptr": "*fp32", "scale_ptr": "*fp32"}, num_warps=warps)
+        for inverted in (False, True):
+            how = dict(SMOOTHED=True, INVERTED=inverted, LEVELS=min(k, 1024).bit_length() - 1, CODES=True, STATIC=False,
+                       BLOCK_M=block_m, BLOCK_K=block_k)  # fmt: skip
+            pointers = {"smoothing_ptr": "*fp32", "scale_ptr": "*fp32"}
+            core(f"rotate {k} {inverted}", arch, rotate._rotate_kernel, how, pointers, num_warps=warps)
     core("dequantize", arch, dequantize._dequantize_kernel, dict(BLOCK_M=16, BLOCK_K=512), num_warps=4)
     for m, n in ((64, 4096), (64, 14336), (32, 14336)):
         b = weight_only.blocks_of(m, n, arch // 10)

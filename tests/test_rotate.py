@@ -18,6 +18,8 @@ CUDA = torch.cuda.is_available()
 SHAPES = [
     (5, 96, 32, True, torch.float32),
     (33, 384, 128, False, torch.bfloat16),
+    (70, 96, 32, True, torch.bfloat16),
+    (40, 200, 0, True, torch.float16),
     (1, 1024, 1024, True, torch.bfloat16),
     (3, 43 * 16, 16, True, torch.float16),
     (4, 2048, 2, False, torch.float32),

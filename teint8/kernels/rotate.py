@@ -12,7 +12,7 @@ from teint8.kernels.quantize import codes_of, scale_and_multiplier, static_scale
 @triton.jit
 def _rotate_kernel(
     x_ptr, smoothing_ptr, given_ptr, value_ptr, codes_ptr, scale_ptr, M, K, stride_xm,
-    SMOOTHED: tl.constexpr, LEVELS: tl.constexpr, CODES: tl.constexpr, STATIC: tl.constexpr,
+    SMOOTHED: tl.constexpr, INVERTED: tl.constexpr, LEVELS: tl.constexpr, CODES: tl.constexpr, STATIC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -20,8 +20,10 @@ def _rotate_kernel(
     inside = (rows < M)[:, None] & (columns < K)[None, :]
     x = tl.load(x_ptr + rows[:, None] * stride_xm + columns[None, :], mask=inside, other=0.0).to(tl.float32)
     if SMOOTHED:
-        divisor = tl.load(smoothing_ptr + columns, mask=columns < K, other=1.0)
-        x = x * tl.div_rn(tl.full((BLOCK_K,), 1.0, tl.float32), divisor)[None, :]
+        factor = tl.load(smoothing_ptr + columns, mask=columns < K, other=1.0)
+        if not INVERTED:
+            factor = tl.div_rn(tl.full((BLOCK_K,), 1.0, tl.float32), factor)
+        x = x * factor[None, :]
     for level in tl.static_range(LEVELS):
         pairs = tl.reshape(x, (BLOCK_M, BLOCK_K >> (level + 1), 2, 1 << level))
         a, b = tl.split(tl.permute(pairs, (0, 1, 3, 2)))
@@ -40,6 +42,7 @@ def _rotate_kernel(
 
 
 _launch = Launch(_rotate_kernel)
+_FEW = 32  # rows up to which a division of each row's channels costs less than a kernel that divides for all
 
 
 def tile_of(m: int, k: int, device: str) -> tuple[int, int, int]:
@@ -56,9 +59,12 @@ def rotate(x: Tensor, smoothing: Tensor | None, block: int, codes: bool, scale: 
     (m, k), device = x.shape, x.device
     y = torch.empty((m, k), dtype=torch.int8 if codes else torch.float32, device=device)
     scales = torch.empty((m,), dtype=torch.float32, device=device) if codes else y
+    inverted = smoothing is not None and m > _FEW
+    if inverted:
+        smoothing = smoothing.reciprocal()  # type: ignore[union-attr]
     powers, given = (scales if t is None else t.contiguous() for t in (smoothing, scale))
     block_m, block_k, warps = tile_of(m, k, device.type)
-    constants = (smoothing is not None, max(block, 1).bit_length() - 1, codes, scale is not None, block_m, block_k)
+    constants = (smoothing is not None, inverted, max(block, 1).bit_length() - 1, codes, scale is not None, block_m, block_k)
     key = (device.index, x.dtype, m, k, x.stride(0), constants, alignment(x, powers, given, y, scales))
     with on(device):
         _launch(key, (triton.cdiv(m, block_m), 1, 1), (x, powers, given, y, y, scales, m, k, x.stride(0)), constants, num_warps=warps,
