@@ -124,7 +124,7 @@ def kernels(arch: int) -> None:
             (grouped_mm._grouped_mm_kernel, "grouped_mm", dict(MOST_GROUPS=16), {"x_ptr": "*i8", "ends_ptr": "*i32"}),
         ):
             core(f"{name} long {tuple(c)}", arch, kernel, {**sizes, **more}, pointers, num_warps=c.warps, num_stages=c.stages)
-    shapes = ((16,), (32,), (128,), (65536, 64), (65536, 256), (8192, 256, 2304), (65536, 64, 147, True))
+    shapes = ((16,), (32,), (128,), (65536, 64), (65536, 256), (8192, 256, 2304), (3136, 512, 4608), (65536, 64, 147, True))
     for sizes, by_tap in (*((sizes, True) for sizes in shapes), ((32,), False), ((65536, 256), False)):
         c = conv.tile_of(*sizes, major=arch // 10)
         blocks = dict(BY_ROW=len(sizes) > 3, BY_TAP=by_tap, BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, GROUP=8)
@@ -171,7 +171,7 @@ def kernels(arch: int) -> None:
     pointers = {"q_ptr": "*i8", "k_ptr": "*i8", "v_ptr": "*i8", "sums_ptr": "*i32", "mask_ptr": "*fp32"}
     pointers |= dict.fromkeys(("a_ptr", "ks_ptr", "vs_ptr"), "*fp32")
     for d, masked in ((64, False), (64, True), (128, False), (128, True), (256, False), (256, True)):
-        t = attention.config_of(d, masked)
+        t = attention.config_of(d, masked, arch // 10)
         how = dict(CAUSAL=True, MASK=masked, EVEN=False, EVEN_D=True, BLOCK_M=t.block_m, BLOCK_N=t.block_n, BLOCK_D=d, BLOCK_E=d)
         core(f"attention {d} {masked}", arch, attention._attention_kernel, how, pointers, num_warps=t.warps, num_stages=t.stages)
     for k in (128, 4096, 16384):

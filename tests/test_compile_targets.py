@@ -10,10 +10,13 @@ import pytest
 
 # bytes of shared memory that a block may have
 KERNELS = {"int8_mm": 7, "grouped_mm": 7, "quantize": 3, "absmax": 8, "both": 8, "activation_rows": 3, "gemv": 5, "norm": 1,
-           "dequantize": 1, "weight_only": 3, "finish": 1, "conv": 9, "attention": 2, "block_mm": 4, "tops": 1, "known": 1,
+           "dequantize": 1, "weight_only": 3, "finish": 1, "conv": 10, "attention": 2, "block_mm": 4, "tops": 1, "known": 1,
            "depthwise": 1}  # fmt: skip
 # 8.9 has the tiles of 8.0, and less shared memory: its limit is held here, too
 LIMITS = {80: 101376, 90: 232448, 100: 232448}
+# bytes a thread that may be spilled: what is needed after the loop, which itself reads one word back for 128 keys. Without spills (8
+# warps) this tile was half as fast on an H100
+SPILLS = {("attention 128 False", 90): 88}
 
 
 @pytest.mark.parametrize("arch", LIMITS)
@@ -33,5 +36,5 @@ def test_kernels_compile_and_fit(arch: int, tmp_path: pathlib.Path) -> None:
     assert sum(name.startswith("hopper") for name in made) == (28 if arch == 90 else 0), made
     for line in lines:
         assert line["shared"] <= LIMITS[arch], line
-        assert line["stack"] == 0, f"registers spill: {line}"
+        assert line["stack"] <= SPILLS.get((line["kernel"], arch), 0), f"registers spill: {line}"
         assert line["registers"] <= 255, line

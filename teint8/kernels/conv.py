@@ -144,7 +144,10 @@ def tile_of(m: int, n: int = 128, k: int = 512, by_row: bool = False, major: int
         return config_of(m, 8)
     if n <= 64:
         return Config(128, 64, 64, 4, 3)
-    return Config(128, 128, 64, 4, 4) if m > 16384 else Config(64, 128, 128, 4, 3)
+    if m > 16384 and n > 128:
+        return Config(128, 128, 64, 4, 4)
+    # as wide as leaves one tile for each of the card's multiprocessors
+    return Config(64, 256 if n >= 512 and m <= 4096 else 128, 128, 4, 3)
 
 
 _conv = Launch(_conv_kernel)

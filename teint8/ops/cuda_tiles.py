@@ -48,8 +48,10 @@ def convolution(problem: Problem) -> str:
 def attention(problem: Problem) -> str:
     """Of attention."""
     from teint8.kernels import attention
+    from teint8.kernels.int8_mm import major_of
 
-    c = attention.config_of(max(problem.k, *problem.extra), False)
+    major = major_of(torch.cuda.current_device() if problem.device == "cuda" else None)
+    c = attention.config_of(max(problem.k, *problem.extra), False, major)
     return f"{c.block_m}x{c.block_n}, {c.warps} warps, {c.stages} stages (without a mask)"
 
 

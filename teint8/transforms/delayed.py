@@ -50,10 +50,12 @@ def delayed(qfn: Any, *, steps: int = 16, margin: float = 1.0) -> Callable[..., 
     if not margin > 0:
         raise ValueError(f"delayed: margin is {margin!r}; a positive number is needed")
 
+    static = static_policy(qfn.policy)  # here, since Dynamo of torch 2.11 traces no dataclasses.replace
+
     def step(params: Any, history: History, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling():
             refuse_packed(params, "delayed")
-        route = _Delayed(qfn.policy, history, steps, margin)
+        route = _Delayed(qfn.policy, static, history, steps, margin)
         y = run(qfn, route, params, args, kwargs)
         return y, {**history, **route.new}
 
@@ -62,9 +64,9 @@ def delayed(qfn: Any, *, steps: int = 16, margin: float = 1.0) -> Callable[..., 
 
 
 class _Delayed(BoundRoute):
-    def __init__(self, policy: Policy, history: History, steps: int, margin: float) -> None:
+    def __init__(self, policy: Policy, static: Policy, history: History, steps: int, margin: float) -> None:
         super().__init__(policy, False, None)
-        self.dynamic, self.static = policy, static_policy(policy)
+        self.dynamic, self.static = policy, static
         self.history, self.steps, self.margin = history, steps, margin
         self.new: History = {}
 
