@@ -101,9 +101,10 @@ def test_generation_with_a_static_cache(device: str) -> None:
     with torch.no_grad(), teint8.te_int8_autocast(training=False):
         want = model.generate(ids, **how)
     receipt = teint8.Receipt()
-    model.forward = torch.compile(
-        model.forward, backend=BACKEND, fullgraph=True, options={"receipt": receipt, "mode": "reduce-overhead"}
-    )
+    options = {"receipt": receipt, "mode": "reduce-overhead"}
+    if torch.__version__.startswith("2.11."):  # its launcher crashes here, the floats of torch.compile(mode="reduce-overhead") too
+        options["use_static_cuda_launcher"] = False
+    model.forward = torch.compile(model.forward, backend=BACKEND, fullgraph=True, options=options)
     with torch.no_grad():
         got = model.generate(ids, **how)
     assert torch.equal(got, want)
