@@ -151,9 +151,10 @@ def _version(package: str) -> str | None:
 
 
 def _clocks() -> str:
-    """Clock, its limit, power and its limit, as nvidia-smi tells them right after the work."""
+    """Clock, its limit, power and its limit of the card in use, as nvidia-smi tells them right after the work."""
     query = "clocks.sm,clocks.max.sm,power.draw,power.limit"
-    ran = subprocess.run(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True, check=False)
+    command = ["nvidia-smi", f"--id=GPU-{torch.cuda.get_device_properties().uuid}", f"--query-gpu={query}", "--format=csv,noheader"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
     return ran.stdout.splitlines()[0] if ran.returncode == 0 and ran.stdout else ""
 
 

@@ -59,6 +59,11 @@ def _above(call: str) -> str:
     return f"{_value('overhead', 'above F.linear', call=call):.0f} us"
 
 
+def _pt2e() -> float:
+    ms = {way: _value("cpu_compile", "ms", way=way) for way in ("torchao pt2e", "int8 compiled")}
+    return ms["torchao pt2e"] / ms["int8 compiled"]
+
+
 def _percent_lost(recipe: str) -> str:
     return f"{100 * (_value('gpt', 'final to bf16', recipe=recipe) - 1):.1f}%"
 
@@ -96,6 +101,12 @@ FIGURES: dict[str, Callable[[], str]] = {
     "cpu_device": lambda: _of("cpu_minilm", "device"),
     "cpu_date": lambda: _of("cpu_minilm", "date"),
     "cpu_compile": lambda: f"{_value('cpu_compile', 'to int8 eager', way='int8 compiled'):.2f} times",
+    "cpu_pt2e": lambda: f"{_pt2e():.2f} times",
+    "cpu_bf16": lambda: f"{_range('cpu_minilm', 'teint8 of bf16 / bf16')} times",
+    "outliers_plain": lambda: f"{_value('smoothing', 'largest error', step='int8'):.3f}",
+    "outliers_smooth": lambda: f"{_value('smoothing', 'largest error', step='int8, smoothed'):.3f}",
+    "outliers_speed": lambda: times(_value("smoothing", "to int8", step="int8, smoothed")),
+    "outliers_fp8": lambda: f"{_value('smoothing', 'largest error', step='torchao fp8 tensorwise'):.3f}",
     "attention_speed": lambda: f"{_range('attention', 'whole, to sdpa')} times",
 }
 

@@ -150,7 +150,7 @@ def kernels(arch: int) -> None:
             both = dict(**how, STOCHASTIC=stochastic, BLOCK_M=cm, BLOCK_N=cn)
             core(f"both {kind} {backward} {value} {stochastic}", arch, quantize_both_kernels._both_kernel, both, num_warps=code_warps)
     for backward, codes in ((False, True), (True, True), (True, False)):
-        block, warps = activation_rows.FOR_CODES if codes else activation_rows.FOR_VALUES
+        block, warps = activation_rows.FOR_VALUES if not codes else activation_rows.FOR_TWO if backward else activation_rows.FOR_CODES
         how = dict(KIND="silu", GATED=True, BACKWARD=backward, OUTPUTS=1 + backward, CODES=codes, VALUES=backward, STOCHASTIC=False)
         act = dict(**how, BLOCK=block, ONE_BLOCK=codes)
         core(f"activation_rows {backward} {codes}", arch, activation_rows._activation_rows_kernel, act, num_warps=warps)
