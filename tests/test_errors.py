@@ -114,6 +114,11 @@ CASES = {
     "packed params in grad": (
         lambda: torch.func.grad(lambda p: QFN(p, X).sum())(PACKED), TypeError, r"packed.*unpack|float parameters"),
     "rule that matches nothing": (lambda: _strict(Policy([Rule(), Rule("encoder.*")])), ValueError, r"'encoder\.\*'.*mend"),
+    "misspelt rule": (
+        lambda: teint8.quantize(MODEL, Policy([Rule("2.wieght", weight=None), Rule()]), strict=True)(PARAMS, X), ValueError,
+        r"Rule\('2.wieght', weight=None\) \('2.wieght' is much like '2.weight'\); mend"),
+    "misspelt rule alone": (
+        lambda: teint8.quantize(MODEL, Policy([Rule("0.weigth")]), strict=True)(PARAMS, X), ValueError, "is much like '0.weight'"),
     "rule that cannot be met": (
         lambda: _strict(Policy.qat(), nn.Linear(24, 3, dtype=torch.complex64), X.to(torch.complex64)), ValueError, "weight=None"),
     "unknown implementation": (lambda: ops.linear(X, W, impl="cutlass"), ValueError, "'cutlass'.*'reference'"),

@@ -1,6 +1,7 @@
 """Routing: a TorchFunctionMode that sees each call of a program and takes over the matmuls that a rule wants in INT8."""
 
 import copy
+import difflib
 import sys
 import threading
 from collections.abc import Callable
@@ -54,6 +55,7 @@ class Route(Recording, TorchFunctionMode):
             know_transformers()
         self.policy, self.strict, self.receipt = policy, strict, receipt
         self.matched: set[int] = set()
+        self.paths: set[str] = set()  # of the weights that were seen, in strict mode
         self.shared: Shared | None = None  # where codes of activations are kept for the next call that takes the same one
         self._entries: dict[int, list[int]] = {}  # by thread, the frames that entered this route; 0 where it was traced
 
@@ -145,6 +147,8 @@ class Route(Recording, TorchFunctionMode):
 
     def rule(self, path: str, op: str) -> Rule | None:
         """The rule for a call."""
+        if self.strict and not torch.compiler.is_dynamo_compiling():
+            self.paths.add(path)
         for i, rule in enumerate(self.policy.rules):
             if rule.matches(path, op):
                 if not torch.compiler.is_dynamo_compiling():
@@ -163,16 +167,25 @@ class Route(Recording, TorchFunctionMode):
         unmatched = self.unmatched()
         if self.receipt is not None:
             self.receipt.unmatched = unmatched
-        if self.strict and unmatched and not self.matched:
+        if not self.strict or not unmatched:
+            return
+        what = f"strict: no call matched {', '.join(map(repr, unmatched))}{self._near(unmatched)}"
+        if not self.matched:
             raise ValueError(
-                f"strict: no call matched {', '.join(map(repr, unmatched))}: no matmul was seen that a rule is for. Other layers are "
-                "not quantized, and compiled code is not seen: compile teint8.quantize(model, policy, strict=True), or leave strict off"
+                f"{what}: no matmul was seen that a rule is for. Other layers are not quantized, and compiled code is not seen: "
+                "compile teint8.quantize(model, policy, strict=True), or leave strict off"
             )
-        if self.strict and unmatched:
-            raise ValueError(
-                f"strict: no call matched {', '.join(map(repr, unmatched))}; mend the path, the ops or the order of the rules "
-                "(the first match wins; teint8.explain lists the paths), or leave strict off"
-            )
+        raise ValueError(
+            f"{what}; mend the path, the ops or the order of the rules (the first match wins; teint8.explain lists the paths), "
+            "or leave strict off"
+        )
+
+    def _near(self, rules: list[Rule]) -> str:
+        """For an error: the paths of weights and of their modules that are most like those of rules."""
+        known = sorted(self.paths | {path.rpartition(".")[0] for path in self.paths} - {""})
+        close = [(r.path, difflib.get_close_matches(r.path, known, 1)) for r in rules]
+        found = [f"{path!r} is much like {near[0]!r}" for path, near in close if near]
+        return f" ({'; '.join(found)})" if found else ""
 
     def multiply(
         self, op: str, x: Any, weight: Operand, axis: int, bias: Any, float_call: Callable[[], Any], rows: Any = None, ends: Any = None
