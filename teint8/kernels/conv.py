@@ -146,7 +146,7 @@ def tile_of(m: int, n: int = 128, k: int = 512, by_row: bool = False, major: int
         return Config(128, 64, 64, 4, 3)
     if m > 16384 and n > 128:
         return Config(128, 128, 64, 4, 4)
-    # as wide as leaves one tile for each of the card's multiprocessors
+    # few windows of many channels: wider tiles, of which there is about one for each multiprocessor
     return Config(64, 256 if n >= 512 and m <= 4096 else 128, 128, 4, 3)
 
 

@@ -22,7 +22,7 @@ BLOCK_ROWS = {"amx": 32, "vnni": 12, "avx2": 2}
 
 _SOURCE = pathlib.Path(__file__).with_suffix(".c")
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
-_HELD = 1 << 18  # bytes of packed weights
+_HELD = 1 << 18  # bytes of packed weights: they stay in the L2 cache beside as many of codes
 _ALONE = 1 << 14  # elements below which threads cost more than they bring
 
 
@@ -110,7 +110,7 @@ def linear(
 
 
 def _panels(n: int, kp: int) -> int:
-    """Panels of 32 channels that a thread packs at once: as many as are half of an L2 cache."""
+    """Panels of 32 channels that a thread packs at once, for N channels of K rounded up to 64: as many as ``_HELD`` holds, or one."""
     return max(1, min(-(-n // 32), _HELD // (32 * kp)))
 
 
