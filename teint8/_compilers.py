@@ -46,17 +46,22 @@ def rows_at_once(choices: Any) -> Any:
 
     Seen on torch 2.11 and 2.13: a subclass is the documented way to change them, ``V.set_choices_handler`` to say so.
     """
+    from torch._inductor import config
     from torch._inductor.runtime.hints import ReductionHint
     from torch._inductor.virtualized import V
 
     class Choices(type(choices)):  # type: ignore[misc]
         @staticmethod
         def should_use_persistent_reduction(features: Any, cooperative_reduction: bool) -> bool:
-            if not cooperative_reduction and features.get_reduction_hint() == ReductionHint.INNER:
+            if (
+                config.triton.persistent_reductions
+                and not cooperative_reduction
+                and features.get_reduction_hint() == ReductionHint.INNER
+            ):
                 codes = any(n.node is not None and n.node.get_dtype() == torch.int8 for n in features.scheduler_nodes())
                 if codes and V.graph.sizevars.statically_known_leq(features.reduction_numel, ROW):
                     return True
-            return bool(type(choices).should_use_persistent_reduction(features, cooperative_reduction))
+            return bool(choices.should_use_persistent_reduction(features, cooperative_reduction))
 
     made = Choices.__new__(Choices)
     made.__dict__.update(choices.__dict__)

@@ -362,7 +362,8 @@ def test_long_rows_are_held_at_once_where_codes_are_written() -> None:
             return _compilers.rows_at_once(V.choices).should_use_persistent_reduction(features, cooperative)
 
     assert held(14336, torch.int8) and held(64, torch.int8) and held(64, torch.bfloat16)
-    assert not held(14336, torch.bfloat16) and not held(2**15, torch.int8) and not held(14336, torch.int8, ReductionHint.OUTER)
+    assert not held(14336, torch.bfloat16) and not held(2**15, torch.int8) and not held(14336, torch.int8, cooperative=True)
+    assert not held(14336, torch.int8, ReductionHint.OUTER)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -119,6 +119,9 @@ CASES = {
         r"Rule\('2.wieght', weight=None\) \('2.wieght' is much like '2.weight'\); mend"),
     "misspelt rule alone": (
         lambda: teint8.quantize(MODEL, Policy([Rule("0.weigth")]), strict=True)(PARAMS, X), ValueError, "is much like '0.weight'"),
+    "rule that another one takes": (
+        lambda: teint8.quantize(MODEL, Policy([Rule(), Rule("2.weight")]), strict=True)(PARAMS, X), ValueError,
+        r"matched Rule\('2.weight'\); mend"),
     "rule that cannot be met": (
         lambda: _strict(Policy.qat(), nn.Linear(24, 3, dtype=torch.complex64), X.to(torch.complex64)), ValueError, "weight=None"),
     "unknown implementation": (lambda: ops.linear(X, W, impl="cutlass"), ValueError, "'cutlass'.*'reference'"),

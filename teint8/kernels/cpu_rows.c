@@ -154,8 +154,8 @@ static inline void pack(const int8_t *w, int64_t c, int64_t n, int64_t k, int8_t
 }
 #endif
 
-/* How the channels, in pairs of panels, and the rows, in blocks, are cut into jobs: groups of pairs of which one thread packs all, and
- * parts of the rows. A pair is packed once in each job, which takes about as long as a block of rows. */
+/* How the channels, in pairs of panels, and the rows, in blocks, are cut into jobs: groups of pairs, which a thread packs
+ * before it multiplies, and parts of the rows. To pack a pair takes about as long as to multiply it by a block of rows. */
 struct cut { int64_t groups, parts; };
 
 static struct cut cut_of(int64_t pairs, int64_t blocks, int64_t least, int64_t threads)
@@ -177,7 +177,7 @@ static struct cut cut_of(int64_t pairs, int64_t blocks, int64_t least, int64_t t
 }
 
 /* y (m, n) from x (m, k), or where x is NULL from codes of it (row stride ldx) and their scales. Else scales (m) are written. codes (m
- * rounded up to a block's rows, kp) is scratch, and so is each thread's: 32 * kp bytes, and PANEL(kp) for each of `held` panels.
+ * rounded up to a block's rows, kp) is scratch, and so is each thread's: 32 * kp bytes, and PANEL(kp) for each of `held` pairs.
  *
  * A job's panels are packed first and stay in the L2 cache, with the codes of some rows: all of them are multiplied by those before the
  * next rows, so that a page of y is written in one go. */

@@ -110,7 +110,7 @@ def linear(
 
 
 def _panels(n: int, kp: int) -> int:
-    """Panels of 32 channels that a thread packs at once, for N channels of K rounded up to 64: as many as ``_HELD`` holds, or one."""
+    """Pairs of panels (32 channels) that a thread packs at once, for N channels: as many as ``_HELD`` holds, or one."""
     return max(1, min(-(-n // 32), _HELD // (32 * kp)))
 
 

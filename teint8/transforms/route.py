@@ -183,7 +183,8 @@ class Route(Recording, TorchFunctionMode):
     def _near(self, rules: list[Rule]) -> str:
         """For an error: the paths of weights and of their modules that are most like those of rules."""
         known = sorted(self.paths | {path.rpartition(".")[0] for path in self.paths} - {""})
-        close = [(r.path, difflib.get_close_matches(r.path, known, 1)) for r in rules]
+        # a path that is there is not misspelt: another rule came first, or the ops are others
+        close = [(r.path, difflib.get_close_matches(r.path, known, 1)) for r in rules if r.path not in known]
         found = [f"{path!r} is much like {near[0]!r}" for path, near in close if near]
         return f" ({'; '.join(found)})" if found else ""
 
