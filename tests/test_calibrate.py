@@ -334,7 +334,7 @@ def test_scales_of_any_size(how: str, size: float, device: str) -> None:
     top, other = (float(teint8.scales(teint8.calibrate(qfn, params, [t], progress=False), how)["weight"]) for t in (x, x * size))
     exact = math.frexp(size)[0] == 0.5
     # the divergence of KL is flat near its least value: over 60 draws of x the place of that moved by up to a third
-    assert math.isclose(other / size, top, rel_tol=1e-6 if exact else 0.5 if how == "entropy" else 0.05)
+    assert math.isclose(other / size, top, rel_tol=1e-6 if exact else 0.35 if how == "entropy" else 0.05)
 
 
 def test_functions_of_a_tuple_of_dicts(device: str) -> None:

@@ -93,7 +93,7 @@ def test_every_tile_on_the_gpu(causal: bool) -> None:
         q, k, v = (torch.randn(2, 3, s, d, device="cuda", dtype=torch.bfloat16) for _ in range(3))
         codes = (*ops.quantize(q), *ops.quantize(k), *ops.quantize(v.mT))
         want = int8_attention(*codes, None, causal, d**-0.5, q.dtype, "reference")
-        for tile in {attention.config_of(w, masked) for w in (64, 256) for masked in (False, True)}:
+        for tile in {attention.config_of(w, masked, major) for w in (64, 128, 256) for masked in (False, True) for major in (8, 9)}:
             for _ in range(2):  # through the JIT, then held
                 assert different(attention.attention(*codes, None, causal, d**-0.5, q.dtype, tile), want) == 0, tile
 

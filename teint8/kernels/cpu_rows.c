@@ -180,7 +180,7 @@ static struct cut cut_of(int64_t pairs, int64_t blocks, int64_t least, int64_t t
  * rounded up to a block's rows, kp) is scratch, and so is each thread's: 32 * kp bytes, and PANEL(kp) for each of `held` pairs.
  *
  * A job's panels are packed first and stay in the L2 cache, with the codes of some rows: all of them are multiplied by those before the
- * next rows, so that a page of y is written in one go. */
+ * next rows, so that neighbouring parts of a row of y are written one after the other. */
 #define PANEL(KP) (32 * (KP) + 128)
 #define LINEAR(ISA, ROWS, T)                                                                                                    \
     void ISA##_linear_##T(const T *x, const int8_t *given, int64_t ldx, int8_t *codes, float *scales, const int8_t *w,          \

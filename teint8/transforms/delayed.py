@@ -50,12 +50,13 @@ def delayed(qfn: Any, *, steps: int = 16, margin: float = 1.0) -> Callable[..., 
     if not margin > 0:
         raise ValueError(f"delayed: margin is {margin!r}; a positive number is needed")
 
-    static = static_policy(qfn.policy)  # here, since Dynamo of torch 2.11 traces no dataclasses.replace
+    policy = qfn.policy
+    static = static_policy(policy)  # here, since Dynamo of torch 2.11 traces no dataclasses.replace
 
     def step(params: Any, history: History, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling():
             refuse_packed(params, "delayed")
-        route = _Delayed(qfn.policy, static, history, steps, margin)
+        route = _Delayed(policy, static, history, steps, margin)
         y = run(qfn, route, params, args, kwargs)
         return y, {**history, **route.new}
 
