@@ -6,7 +6,7 @@ from typing import Any, cast
 import torch
 
 import teint8
-from teint8 import ops
+from teint8 import activations, ops
 from teint8.ops import registry
 from teint8.ops.raw_conv import Window
 
@@ -65,12 +65,13 @@ def _arguments(op: str, device: str) -> tuple[Any, ...]:
     bias, seed = torch.randn(17, generator=generator).to(device), torch.tensor([5], device=device)
     (xq, xs), (wq, ws) = ops.quantize(x, impl="reference"), ops.quantize(w, impl="reference")
     down = ops.quantize(w.mT, impl="reference")
+    hs = ops.quantize(activations.value("silu", x, u), impl="reference")[1]
     return {
         "quantize": (x, seed, None),
         "int8_mm": (xq[None], xs[None], wq[None], ws[None], bias[None], x.dtype),
         "linear": (x, wq, ws, bias, x.dtype),
         "quantize_both": (x, seed),
-        "activation": (x, u, u, "silu", True, True, True, True, seed),
+        "activation": (x, u, u, "silu", True, True, True, True, seed, hs),
         "mlp": (x[:2], (wq, ws), (wq, ws), down, (None, None, None), "silu"),
         "grouped_mm": (xq, xs, wq.expand(2, -1, -1), ws.expand(2, -1), torch.tensor([8, 30], device=device), x.dtype),
         "conv": (xq.view(1, 33, 65), xs[:1, None], wq.view(17, 1, 65), ws, bias, Window((1,), (0, 0), (1,)), x.dtype),

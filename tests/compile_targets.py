@@ -83,9 +83,9 @@ def core(name: str, arch: int, kernel, constants: dict, overrides: dict | None =
     report(name, arch, triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"enable_fp_fusion": False, **options}))
 
 
-def gluon(name: str, tile: hopper.Tile, tma: bool, split: int = 1, two: bool = False, added: bool = False,
-          even: bool = False, rows: int = 64) -> None:  # fmt: skip
-    """``added``: with a bias and a residual; ``rows``: how many of x are read."""
+def gluon(name: str, tile: hopper.Tile, tma: bool, split: int = 1, two: bool = False, bias: bool = False,
+          residual: str = "", even: bool = False, rows: int = 64) -> None:  # fmt: skip
+    """``rows``: how many of x are read."""
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource
 
@@ -96,8 +96,8 @@ def gluon(name: str, tile: hopper.Tile, tma: bool, split: int = 1, two: bool = F
     y = f"tensordesc<bf16[64, {part}],{of_values!r}>" if tma else x
     constants = dict(
         PROGRAMS=132, CONSUMERS=tile.consumers, GROUP=tile.group, STAGES=tile.stages, PART=part, BUFFERS=tile.buffers,
-        REGISTERS=tile.registers, SCALES_FIRST=tile.scales_first and not added,
-        BIAS=added, RESIDUAL=added, TMA_STORE=tma, SPLIT=split, TWO=two, EVEN=even,
+        REGISTERS=tile.registers, SCALES_FIRST=tile.scales_first and not bias and residual != "load",
+        BIAS=bias, RESIDUAL=residual, TMA_STORE=tma, SPLIT=split, TWO=two, EVEN=even,
     )  # fmt: skip
     overrides = {"x_desc": x, "w_desc": w, "u_desc": w, "y_desc": y, "y_ptr": "*i32" if split > 1 else "*bf16"}
     kinds, attributes = signature(kernel, constants, overrides)
@@ -149,11 +149,11 @@ def kernels(arch: int) -> None:
             core(f"absmax {kind} {backward} {value} {stochastic}", arch, quantize_both_kernels._absmax_kernel, absmax, num_warps=warps)
             both = dict(**how, STOCHASTIC=stochastic, BLOCK_M=cm, BLOCK_N=cn)
             core(f"both {kind} {backward} {value} {stochastic}", arch, quantize_both_kernels._both_kernel, both, num_warps=code_warps)
-    for backward, codes in ((False, True), (True, True), (True, False)):
+    for backward, codes, hat in ((False, True, False), (True, True, False), (True, True, True), (True, False, True)):
         block, warps = activation_rows.FOR_VALUES if not codes else activation_rows.FOR_TWO if backward else activation_rows.FOR_CODES
         how = dict(KIND="silu", GATED=True, BACKWARD=backward, OUTPUTS=1 + backward, CODES=codes, VALUES=backward, STOCHASTIC=False)
-        act = dict(**how, BLOCK=block, ONE_BLOCK=codes)
-        core(f"activation_rows {backward} {codes}", arch, activation_rows._activation_rows_kernel, act, num_warps=warps)
+        act = dict(**how, HAT=hat, BLOCK=block, ONE_BLOCK=codes)
+        core(f"activation_rows {backward} {codes} {hat}", arch, activation_rows._activation_rows_kernel, act, num_warps=warps)
     gemvs = ((1, gemv.GATED, False), (4, gemv.GATED, False), (1, gemv.ONE, True), (1, gemv.ONE, False), (4, gemv.ONE, False))
     for m, config, floats in gemvs:
         gated = config is gemv.GATED
@@ -202,10 +202,12 @@ if __name__ == "__main__":
             for name, tile in hopper.TILES.items():
                 gluon(f"hopper {name}", tile, tma=tile.block_n >= 64)
                 gluon(f"hopper {name}, even", tile, tma=tile.block_n >= 64, even=True)
+                if tile.block_n >= 64:
+                    gluon(f"hopper {name}, added to", tile, tma=True, residual="add", even=True)
                 if tile is not hopper.HUGE:
                     gluon(f"hopper {name} without TMA stores", tile, tma=False)
             for tile in {tile for tile, _ in (*hopper.RATES, *hopper.FEW) if tile is not hopper.HUGE}:
-                gluon(f"hopper {tile} with a bias and a residual", tile, tma=tile.block_n >= 64, added=True)
+                gluon(f"hopper {tile} with a bias and a residual", tile, tma=tile.block_n >= 64, bias=True, residual="load")
             for rows in (16, 32):
                 for name in ("tiny", "small"):
                     gluon(f"hopper {name} of {rows} rows", hopper.TILES[name], False, rows=rows)

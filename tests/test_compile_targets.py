@@ -9,7 +9,7 @@ import sys
 import pytest
 
 # bytes of shared memory that a block may have
-KERNELS = {"int8_mm": 7, "grouped_mm": 7, "quantize": 3, "absmax": 8, "both": 8, "activation_rows": 3, "gemv": 5, "norm": 1,
+KERNELS = {"int8_mm": 7, "grouped_mm": 7, "quantize": 3, "absmax": 8, "both": 8, "activation_rows": 4, "gemv": 5, "norm": 1,
            "dequantize": 1, "weight_only": 3, "finish": 1, "conv": 10, "attention": 2, "block_mm": 4, "tops": 1, "known": 1,
            "depthwise": 1, "rotate": 6}  # fmt: skip
 # 8.9 has the tiles of 8.0, and less shared memory: its limit is held here, too
@@ -33,7 +33,7 @@ def test_kernels_compile_and_fit(arch: int, tmp_path: pathlib.Path) -> None:
     assert len(made) == len(set(made))
     for kernel, count in KERNELS.items():
         assert sum(name.split()[0] == kernel for name in made) >= count, (kernel, made)
-    assert sum(name.startswith("hopper") for name in made) == (28 if arch == 90 else 0), made
+    assert sum(name.startswith("hopper") for name in made) == (33 if arch == 90 else 0), made
     for line in lines:
         assert line["shared"] <= LIMITS[arch], line
         assert line["stack"] <= SPILLS.get((line["kernel"], arch), 0), f"registers spill: {line}"

@@ -64,13 +64,16 @@ def test_activation(shape, dtype, kind, gated, backward, stochastic, wanted, fla
     seed = torch.tensor(987654321) if stochastic and len(shape) == 2 else None
     rows, columns, values = wanted
     how = dict(kind=kind, rows=rows, columns=columns, values=values, value_columns=backward and rows)
-    got = raw_both.activation(g, u, d, seed=None if seed is None else seed.to(DEVICE), impl=TRITON, **how)
     cpu = [None if t is None else t.cpu() for t in (g, u, d)]
-    want = raw_both.activation(*cpu, seed=seed, impl="reference", **how)
-    assert len(got) == len(want) == (values + 2 * rows + 2 * columns) * (2 if gated and backward else 1) + 2 * (backward and rows)
+    scale = ops.quantize(activations.value(kind, *cpu[:2]), impl="reference")[1] if backward else None
+    moved = None if scale is None else scale.to(DEVICE)
+    got = raw_both.activation(g, u, d, seed=None if seed is None else seed.to(DEVICE), scale=moved, impl=TRITON, **how)
+    want = raw_both.activation(*cpu, seed=seed, scale=scale, impl="reference", **how)
+    results = 2 if gated and backward else 1
+    assert len(got) == len(want) == (values + 2 * rows + 2 * columns) * results + 2 * (backward and rows) + backward
     assert [different(a, b) for a, b in zip(got, want, strict=True)] == [0] * len(got)
     if backward:  # what several results share memory with is not dense, but for the dispatcher, which is told that it is
-        got = torch.ops.teint8.activation(g, u, d, None, kind, rows, columns, values, backward and rows, TRITON)
+        got = torch.ops.teint8.activation(g, u, d, None, moved, kind, rows, columns, values, backward and rows, TRITON)
     assert [a.stride() for a in got if a.numel() > 1] == [b.stride() for b in want if b.numel() > 1]
 
 
@@ -125,9 +128,41 @@ def test_activation_of_rows_longer_than_a_block(backward) -> None:
     seed = torch.tensor(3, device=DEVICE)
     sources = (g, u, d if backward else None)
     how = dict(kind="silu", rows=True, values=True)
-    got = raw_both.activation(*sources, seed=seed, impl=TRITON, **how)
-    want = raw_both.activation(*(None if t is None else t.cpu() for t in sources), seed=seed.cpu(), impl="reference", **how)
+    scale = ops.quantize(activations.value("silu", g.cpu(), u.cpu()), impl="reference")[1].to(DEVICE) if backward else None
+    got = raw_both.activation(*sources, seed=seed, scale=scale, impl=TRITON, **how)
+    cpu = [None if t is None else t.cpu() for t in (*sources, seed, scale)]
+    want = raw_both.activation(*cpu[:3], seed=cpu[3], scale=cpu[4], impl="reference", **how)
     assert [different(a, b) for a, b in zip(got, want, strict=True)] == [0] * len(want)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_absmax_of_a_half_is_known_from_its_scale(dtype) -> None:
+    top = torch.arange(2**15, dtype=torch.int16).view(dtype).float()  # every number of the dtype that is not negative
+    known = (numerics.scale_of(top) * 127).to(dtype).float()
+    assert different(known, torch.where(top.isinf(), torch.nan, torch.where(top < numerics.TINY, 0.0, top))) == 0
+
+
+@pytest.mark.parametrize("gradient", [None, "nearest", "stochastic"])
+@pytest.mark.parametrize("gated", [False, True])
+def test_what_an_mlp_keeps_of_its_activation(gated, gradient) -> None:
+    """Its scales alone where its dtype is a half and the kernel makes the rest again; codes elsewhere; the same gradients."""
+    grads = []
+    for dtype, impl in ((torch.bfloat16, TRITON), (torch.bfloat16, "reference"), (torch.float32, TRITON)):
+        torch.manual_seed(0)
+        x, gate, up, down = (_values(s, dtype).requires_grad_() for s in ((9, 32), (48, 32), (48, 32), (32, 48)))
+        with torch.no_grad():
+            x[3] = 0
+        kept = []
+        how = dict(gradient=gradient, wgrad="float", impl=impl)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            y = ops.gated_mlp(x, gate, up, down, **how) if gated else ops.mlp(x, gate, down, **how)
+        codes = [t for t in kept if t.dtype == torch.int8 and t.shape == (9, 48)]
+        assert len(codes) == (0 if dtype == torch.bfloat16 and impl == TRITON else 1)
+        if dtype == torch.bfloat16 and gradient != "stochastic":
+            dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
+            grads.append([g.float().cpu() for g in torch.autograd.grad(y, [t for t in (x, gate, up, down) if gated or t is not up], dy)])
+    for a, b in zip(*grads, strict=True) if grads else ():
+        assert (a - b).norm() <= 0.01 * b.norm()
 
 
 @gpu

@@ -1,4 +1,4 @@
-"""An activation function, or the gradients of one, in one read: its values, its row codes, or both."""
+"""An activation function, or the gradients of one, in one read: its values, its row codes, or both; and its value as codes hold it."""
 
 from typing import NamedTuple
 
@@ -35,11 +35,21 @@ def _finish(
 
 
 @triton.jit
+def _finish_hat(value, given, n, inside, hat_ptr, DTYPE: tl.constexpr):
+    """The value of the codes that a row of this scale has. Rounded to DTYPE, which is a half, scale * 127 is absmax again."""
+    top = rounded(given * 127.0, DTYPE)
+    multiplier = scale_and_multiplier(_bits(top, DTYPE))[1]
+    value = rounded(value, DTYPE)
+    q = tl.where(multiplier != 0, code_bits(value, multiplier, value, False), 0).to(tl.int8)
+    tl.store(hat_ptr + n, rounded(q.to(tl.float32) * given, DTYPE).to(hat_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def _activation_rows_kernel(
-    g_ptr, u_ptr, d_ptr, codes0_ptr, scale0_ptr, value0_ptr, codes1_ptr, scale1_ptr, value1_ptr, seed_ptr, M, N,
+    g_ptr, u_ptr, d_ptr, codes0_ptr, scale0_ptr, value0_ptr, codes1_ptr, scale1_ptr, value1_ptr, seed_ptr, given_ptr, hat_ptr, M, N,
     stride_gb, stride_gm, stride_db, stride_dm, stride_vm,
     KIND: tl.constexpr, GATED: tl.constexpr, BACKWARD: tl.constexpr, OUTPUTS: tl.constexpr, CODES: tl.constexpr, VALUES: tl.constexpr,
-    STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr,
+    STOCHASTIC: tl.constexpr, HAT: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
@@ -54,14 +64,17 @@ def _activation_rows_kernel(
     top1 = tl.zeros((1,), tl.float32)
     dtype = g_ptr.dtype.element_ty
     seed = tl.load(seed_ptr + batch) if STOCHASTIC else 0
+    given = tl.load(given_ptr + batch * M + row + tl.arange(0, 1)) if HAT else top0
     if ONE_BLOCK:
-        first, second, _ = _source(g_ptr, u_ptr, d_ptr, n, n, n < N, KIND, GATED, BACKWARD, False)
+        first, second, value = _source(g_ptr, u_ptr, d_ptr, n, n, n < N, KIND, GATED, BACKWARD, False)
         if CODES:
             top0 = _larger(top0, _top(first, 0))
             top1 = _larger(top1, _top(second, 0))
         _finish(first, top0, n, n < N, codes0_ptr + out, value0_ptr, row, seed, dtype, CODES, VALUES, STOCHASTIC)
         if OUTPUTS == 2:
             _finish(second, top1, n, n < N, codes1_ptr + out, value1_ptr, row, seed + 2, dtype, CODES, VALUES, STOCHASTIC)
+        if HAT:
+            _finish_hat(value, given, n, n < N, hat_ptr + out, dtype)
     else:
         if CODES:
             for k in range(0, N, BLOCK):
@@ -70,10 +83,12 @@ def _activation_rows_kernel(
                 top1 = _larger(top1, _top(second, 0))
         for k in range(0, N, BLOCK):
             at = (tl.cdiv(N, BLOCK) - 1) * BLOCK - k + n  # backwards: what was read last is still in the cache
-            first, second, _ = _source(g_ptr, u_ptr, d_ptr, at, at, at < N, KIND, GATED, BACKWARD, False)
+            first, second, value = _source(g_ptr, u_ptr, d_ptr, at, at, at < N, KIND, GATED, BACKWARD, False)
             _finish(first, top0, at, at < N, codes0_ptr + out, value0_ptr, row, seed, dtype, CODES, VALUES, STOCHASTIC)
             if OUTPUTS == 2:
                 _finish(second, top1, at, at < N, codes1_ptr + out, value1_ptr, row, seed + 2, dtype, CODES, VALUES, STOCHASTIC)
+            if HAT:
+                _finish_hat(value, given, at, at < N, hat_ptr + out, dtype)
     if CODES:
         one = tl.arange(0, 1)
         tl.store(scale0_ptr + batch * M + row + one, scale_and_multiplier(_bits(top0, dtype))[0])
@@ -89,13 +104,29 @@ class Rows(NamedTuple):
     value: Tensor | None
 
 
+def takes_scale(dtype: torch.dtype) -> bool:
+    """Whether absmax is known from the scale: in float32 two neighbours may have one scale."""
+    return dtype in (torch.bfloat16, torch.float16)
+
+
 _launch = Launch(_activation_rows_kernel)
 
 
 def activation_rows(
-    g: Tensor, u: Tensor | None, d: Tensor | None, *, kind: str, codes: bool, values: bool, seed: Tensor | None = None
+    g: Tensor,
+    u: Tensor | None,
+    d: Tensor | None,
+    *,
+    kind: str,
+    codes: bool,
+    values: bool,
+    seed: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> tuple[Rows, ...]:
-    """Rows of the value of an activation, or of its gradients; arguments as for ``quantize_both``."""
+    """Rows of the value of an activation, or of its gradients; arguments as for ``quantize_both``.
+
+    ``scale``, with d: that of the rows of the value (B, M), whose dtype ``takes_scale``; last comes ``Rows`` of the value of its codes.
+    """
     shape, device, dtype = g.shape, g.device, g.dtype
     m, n = shape[-2:]
     batch = shape[:-2].numel()
@@ -116,16 +147,18 @@ def activation_rows(
         for i in range(outputs)
     ]
     strides = (g.stride(0), g.stride(-2), d.stride(0), d.stride(-2), both.stride(-2))
-    seeds = g if seed is None else seed.contiguous()
-    key = (device.index, g.dtype, shape, strides, kind, gated, backward, codes, values, seed is None,
-           alignment(g, u, d, made[-1][2], seeds))  # fmt: skip
-    args = (g, u, d, *made[0], *made[-1], seeds, m, n, *strides)
+    seeds, given = (g if t is None else t.contiguous() for t in (seed, scale))
+    hat = g if scale is None else torch.empty(shape, dtype=inner, device=device)
+    key = (device.index, g.dtype, shape, strides, kind, gated, backward, codes, values, seed is None, scale is None,
+           alignment(g, u, d, made[-1][2], seeds, given))  # fmt: skip
+    args = (g, u, d, *made[0], *made[-1], seeds, given, hat, m, n, *strides)
     with on(device):
         if _launch.known(key):
             _launch.again(key, (m, batch, 1), args)
         else:
             block, warps = FOR_VALUES if not codes else FOR_TWO if outputs == 2 else FOR_CODES
             block = min(triton.next_power_of_2(n), block)
-            constants = (kind, gated, backward, outputs, codes, values, seed is not None, block, n <= block)
+            constants = (kind, gated, backward, outputs, codes, values, seed is not None, scale is not None, block, n <= block)
             _launch.first(key, (m, batch, 1), args, constants, num_warps=min(max(block // 512, 1), warps), enable_fp_fusion=False)
-    return tuple(Rows(q if codes else None, s if codes else None, v.to(dtype) if values else None) for q, s, v in made)
+    rows = [Rows(q if codes else None, s if codes else None, v.to(dtype) if values else None) for q, s, v in made]
+    return (*rows, *(() if scale is None else (Rows(None, None, hat.to(dtype)),)))

@@ -21,7 +21,7 @@ class Tile(NamedTuple):
         block_n: columns of a tile.
         stages: slots of the ring.
         buffers: shared buffers for the result, for each consumer; not more than a tile has parts, for each part has its own.
-        scales_first: load the scales before the loop; never with a bias or a residual, for want of registers.
+        scales_first: load the scales before the loop; never with a bias or a residual that is loaded, for want of registers.
         group: rows of tiles that go together.
         limit: registers a thread at the start.
         registers: of a consumer's thread.
@@ -160,19 +160,22 @@ def int8_mm(
     dtype: torch.dtype,
     *,
     residual: Tensor | None = None,
+    into: bool = False,
     tile: Tile | None = None,
     split: int | None = None,
     up: tuple[Tensor, Tensor, Tensor | None] | None = None,
 ) -> Tensor:
     """(B, M, N) from codes (B, M, K) and (B, N, K), scales (B, M) and (B, N), bias (B, N), residual (B, M, N); one launch.
 
-    All of them may come without their batch dimension. The residual is added after the cast, as an addition afterwards would be.
+    All of them may come without their batch dimension. The residual is added after the cast, as an addition afterwards would be;
+    ``into``: in its own memory, which is the result where it is dense and of its dtype.
     """
     xq, wq = _aligned(xq), _aligned(wq)
     shape, device = xq.shape, xq.device
     inner = torch.float32 if dtype == torch.float64 else dtype
     two = () if up is None else (2,)
-    y = torch.empty((*two, *shape[:-1], wq.shape[-2]), dtype=inner, device=device)
+    into = into and residual is not None and residual.is_contiguous() and residual.dtype == inner and residual.data_ptr() % 16 == 0
+    y = residual if into else torch.empty((*two, *shape[:-1], wq.shape[-2]), dtype=inner, device=device)  # type: ignore[assignment]
     uq, us, ub = (wq, ws, bias) if up is None else (_aligned(up[0]), *up[1:])
     b = y if bias is None else bias
     if up is not None and not fit_for_one(ws, us, bias, ub):
@@ -184,13 +187,13 @@ def int8_mm(
         alignment |= t.data_ptr()
     alignment %= 16
     key = (device.index, shape, y.shape, inner, tile, split, xs.stride(), ws.stride(), None if bias is None else (b.dtype, b.stride()),
-           None if residual is None else (r.dtype, r.stride()),
+           None if residual is None else (r.dtype, r.stride(), into),
            alignment and tuple(t.data_ptr() % 16 == 0 for t in others))  # fmt: skip
     plan = _plans.get(key)
     if plan is None:
         if len(_plans) >= 4096:
             _plans.clear()
-        plan = _plans[key] = _planned(xq, xs, y, ws, bias, r, tile, split)
+        plan = _plans[key] = _planned(xq, xs, y, ws, bias, None if residual is None else r, into, tile, split)
     batch, m, k = shape if len(shape) == 3 else (1 if up is None else 2, *shape)
     n = y.shape[-1]
     x2, w2 = (xq, wq) if len(shape) == 2 else (_rows(xq), _rows(wq))
@@ -204,9 +207,10 @@ def int8_mm(
         else:
             t = plan.tile
             descriptors = _descriptors(x2, w2, uq if two else w2, y2 if plan.tma_store else None, t)
+            added = "" if residual is None else "add" if into and plan.tma_store else "load"
             constants = (programs(device.index), t.consumers, t.group, t.stages, min(64, t.block_n), t.buffers, t.registers,
-                         t.scales_first and bias is None and residual is None, bias is not None and plan.split == 1,
-                         residual is not None, plan.tma_store, plan.split, up is not None,
+                         t.scales_first and bias is None and added != "load", bias is not None and plan.split == 1,
+                         added, plan.tma_store, plan.split, up is not None,
                          batch == 1 and ws.stride(-1) == 1 and n % t.block_n == 0)  # fmt: skip
             launch.first(key, plan.grid, (*descriptors, *rest), constants, num_warps=4, maxnreg=t.limit, enable_fp_fusion=False)
     if plan.split > 1:
@@ -222,7 +226,15 @@ def fit_for_one(ws: Tensor, us: Tensor, bias: Tensor | None, up_bias: Tensor | N
 
 
 def _planned(
-    xq: Tensor, xs: Tensor, y: Tensor, ws: Tensor, bias: Tensor | None, residual: Tensor, tile: Tile | None, split: int | None
+    xq: Tensor,
+    xs: Tensor,
+    y: Tensor,
+    ws: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    into: bool,
+    tile: Tile | None,
+    split: int | None,
 ) -> _Plan:
     batch, (m, n) = y.shape[:-2].numel(), y.shape[-2:]
     if y.ndim > xq.ndim and (m > 64 or (tile is not None and tile.consumers > 1)):
@@ -231,7 +243,7 @@ def _planned(
     # TMA writes rows of 16 bytes; in a batch it drops what is past the end of the last matrix alone
     tma = y.dtype != torch.float32 and n % 8 == 0 and (batch == 1 or m % 64 == 0)
     if tile is None:
-        plain = tma and bias is None and residual is y
+        plain = tma and bias is None and (residual is None or into)
         from teint8.kernels import tuned  # imports this file
 
         known = tuned.found("hopper", xq.device.index, m, n, xq.shape[-1], plain) if batch == 1 else None
@@ -239,8 +251,8 @@ def _planned(
     tiles = batch * -(-m // (64 * tile.consumers)) * -(-n // tile.block_n)
     if split is None:
         # parts of sums are written for few rows only: they cost 4 bytes each
-        split = split_of(tiles, xq.shape[-1], count) if batch == 1 and m <= 128 and residual is y else 1
-    b = xs if bias is None else bias
+        split = split_of(tiles, xq.shape[-1], count) if batch == 1 and m <= 128 and residual is None else 1
+    b, r = xs if bias is None else bias, y if residual is None else residual
     of_batch = [0 if t.ndim == 1 else t.stride(0) for t in (xs, ws, b)]
     strides = (
         of_batch[0],
@@ -249,8 +261,8 @@ def _planned(
         ws.stride(-1),
         of_batch[2],
         b.stride(-1),
-        residual.stride(0),
-        residual.stride(-2),
+        r.stride(0),
+        r.stride(-2),
     )
     return _Plan(tile, (min(count, tiles * split), 1, 1), tma and tile.block_n >= 64 and split == 1, strides, split)
 

@@ -7,11 +7,22 @@ after the measurements in README.md (Speed); ``hopper.py`` beside this launches 
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 # Triton 3.6 has only the second name of each, 3.9 only the first
 _tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 _tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+
+
+@builtin
+def _tma_add_of_3_6(tensor_desc, coord, src, _semantic=None):
+    """``tma.async_atomic_add``, which Triton 3.6 has no name for."""
+    coord = _semantic._convert_to_ir_values(coord, require_i64=False)
+    _semantic.builder.create_async_tma_reduce(gl.ir.DESCRIPTOR_REDUCE_KIND.ADD, tensor_desc.handle, coord, src.handle)
+
+
+_tma_add = getattr(tma, "async_atomic_add", None) or _tma_add_of_3_6
 
 
 @gluon.jit
@@ -193,7 +204,7 @@ def _consumer(
             if SPLIT > 1:  # parts of sums: scales and the rest come when all are there
                 y = sums
             y = y.to(y_ptr.dtype.element_ty)
-            if RESIDUAL:  # what an addition after the cast gives
+            if RESIDUAL == "load":  # what an addition after the cast gives
                 at = residual_ptr + batch.to(gl.int64) * stride_rb + rows.to(gl.int64)[:, None] * stride_rm + columns[None, :]
                 residual = gl.load(at, mask=inside, other=0.0)
                 y = (y.to(gl.float32) + residual.to(gl.float32)).to(y_ptr.dtype.element_ty)
@@ -204,7 +215,10 @@ def _consumer(
                 fence_async_shared()
                 # rows past the end of a batch go past the end of the tensor, where TMA drops them
                 row = gl.to_tensor(batch * M + first_row) + (gl.to_tensor(first_row) >= M).to(gl.int32) * BATCH * M
-                _tma_store(y_desc, [row, first_column + j * PART], buffer)
+                if RESIDUAL == "add":  # the same sums, in the memory that holds the residual: no element is added to twice
+                    _tma_add(y_desc, [row, first_column + j * PART], buffer)
+                else:
+                    _tma_store(y_desc, [row, first_column + j * PART], buffer)
             else:
                 matrix = batch.to(gl.int64) + gl.to_tensor(part).to(gl.int64) * BATCH
                 at = (matrix * M + rows.to(gl.int64))[:, None] * N + columns[None, :]
@@ -222,7 +236,7 @@ def _hopper_mm_kernel(
     BUFFERS: gl.constexpr, REGISTERS: gl.constexpr, SCALES_FIRST: gl.constexpr, BIAS: gl.constexpr, RESIDUAL: gl.constexpr,
     TMA_STORE: gl.constexpr, SPLIT: gl.constexpr, TWO: gl.constexpr, EVEN: gl.constexpr,
 ):  # fmt: skip
-    """``EVEN``: one matmul, scales of columns dense, and no tile past the last column."""
+    """``EVEN``: one matmul, scales of columns dense, and no tile past the last column. ``RESIDUAL``: "", "load" or "add"."""
     BLOCK_K: gl.constexpr = x_desc.block_type.shape[1]
     BLOCK_N: gl.constexpr = w_desc.block_type.shape[0]
     x_bufs = gl.allocate_shared_memory(gl.int8, [STAGES * CONSUMERS, 64, BLOCK_K], x_desc.layout)

@@ -38,17 +38,23 @@ def _activation(
     values: bool,
     value_columns: bool,
     seed: Tensor | None,
+    scale: Tensor | None,
 ) -> list[Tensor]:
     """Both orientations take two reads; rows and values take one, in a kernel of their own."""
-    from teint8.kernels.activation_rows import activation_rows
+    from teint8.kernels.activation_rows import activation_rows, takes_scale
     from teint8.kernels.quantize_both import quantize_both
+
+    if scale is not None and not (takes_scale(g.dtype) and d is not None and values):  # no kernel does all of it
+        out = _activation(g, u, d, kind, rows, columns, values, value_columns, seed, None)
+        codes, scale = _activation(g, u, None, kind, True, False, False, False, None, None)
+        return [*out, dequantize(codes, scale, g.dtype)]
 
     inner = g.dtype
     args: Any = [t.float() if t is not None and t.dtype == torch.float64 else t for t in (g, u, d)]
     both = quantize_both(*args, kind=kind, seed=seed, value=value_columns) if columns or value_columns else []
     if columns and rows and not values:
         return both
-    one = activation_rows(*args, kind=kind, codes=rows and not columns, values=values, seed=seed) if values or not columns else None
+    one = activation_rows(*args, kind=kind, codes=rows and not columns, values=values, seed=seed, scale=scale) if values or not columns else None
     out: list[Any] = []
     for i in range(2 if u is not None and d is not None else 1):
         if values:
@@ -57,7 +63,8 @@ def _activation(
             out += both[4 * i : 4 * i + 2] if columns else [one[i].codes, one[i].scale]  # type: ignore[index]
         if columns:
             out += both[4 * i + 2 : 4 * i + 4]
-    return out + both[-2:] if value_columns else out
+    out += both[-2:] if value_columns else []
+    return out if scale is None else [*out, one[-1].value]  # type: ignore[index]
 
 
 def _norm(*args: Any) -> list[Tensor]:
@@ -103,11 +110,18 @@ def _rotate(*args: Any) -> list[Tensor]:
 
 
 def _hopper(
-    xq: Tensor, xs: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None, dtype: torch.dtype, residual: Tensor | None = None
+    xq: Tensor,
+    xs: Tensor,
+    wq: Tensor,
+    ws: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    residual: Tensor | None = None,
+    into: bool = False,
 ) -> Tensor:
     from teint8.kernels import hopper
 
-    return hopper.int8_mm(xq, xs, wq, ws, bias, dtype, residual=residual)
+    return hopper.int8_mm(xq, xs, wq, ws, bias, dtype, residual=residual, into=into)
 
 
 def cublas(xq: Tensor, xs: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -208,8 +222,9 @@ def register_all() -> None:
         pairs = op in ("quantize", "quantize_both")
         why_not = reasons.both_why_not if op in ("quantize_both", "activation") else reasons.kernel_why_not
         describe = tiles.matmul if op == "int8_mm" else None
-        register(op, "triton", run, device="cuda", priority=20, why_not=why_not, pairs=pairs, describe=describe)
-        register(op, "triton-interpreter", run, device="cpu", priority=-1, why_not=why_not, pairs=pairs)
+        hats = op == "activation"
+        register(op, "triton", run, device="cuda", priority=20, why_not=why_not, pairs=pairs, hats=hats, describe=describe)
+        register(op, "triton-interpreter", run, device="cpu", priority=-1, why_not=why_not, pairs=pairs, hats=hats)
     register("grouped_mm", "triton", _grouped_mm, device="cuda", priority=20, why_not=reasons.kernel_why_not)
     register("grouped_mm", "triton-interpreter", _grouped_mm, device="cpu", priority=-1, why_not=reasons.kernel_why_not)
     register("conv", "triton", _conv, device="cuda", priority=20, why_not=reasons.conv_why_not, describe=tiles.convolution)

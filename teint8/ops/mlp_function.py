@@ -8,7 +8,7 @@ from torch import Tensor
 from teint8.ops import registry
 from teint8.ops.linear import weight_codes_of
 from teint8.ops.raw import dequantize, direct, int8_mm, int8_mm_add, quantize
-from teint8.ops.raw_both import activation, quantize_both, quantize_pair, side_by_side
+from teint8.ops.raw_both import activation, keeps_scale, quantize_both, quantize_pair, side_by_side
 from teint8.ops.registry import Problem
 from teint8.ops.straight import no_second_derivative
 
@@ -56,9 +56,10 @@ class Mlp(torch.autograd.Function):
         h_codes: Any = activation(g, u, kind=how.kind, rows=True, impl=impl)
         y: Tensor = int8_mm(h_codes[0], h_codes[1], down[0], down[1], bd, x.dtype, impl)
         # a backward in INT8 wants weights by input channel, and activations along the tokens where dW is in INT8 too; those of h it
-        # makes again from g and u, which it reads anyway
+        # makes again from g and u, which it reads anyway, and where dW is in float their values, given the scales
         weights = [codes[2:] if backward else codes for codes in (first, down)]
-        activations = [x_codes[2:], (None, None)] if columns else [x_codes, h_codes]
+        h_kept = (None, None) if columns else (None, h_codes[1]) if keeps_scale(g, u, impl) else h_codes
+        activations = [x_codes[2:] if columns else x_codes, h_kept]
         ctx.how = how
         ctx.save_for_backward(g, u, *(t for pair in (*weights, *activations) for t in pair))
         return y
@@ -76,14 +77,17 @@ class Mlp(torch.autograd.Function):
         grads[6] = dy.sum(0) if need_bias[2] else None
         values = not how.columns or any(need_bias[:2])
         again = how.columns and need_d
+        scale = h_codes[1] if h_codes[0] is None and need_d else None
         out = activation(
             g, u, dh, kind=how.kind, rows=bool(how.gradient), columns=how.columns, values=values, value_columns=again,
-            seed=back.seed(), impl=how.impl,
+            seed=back.seed(), scale=scale, impl=how.impl,
         )  # fmt: skip
         del dh
+        if scale is not None:
+            grads[3] = dy.mT @ out.pop()
         if again:
             h_codes, out = out[-2:], out[:-2]
-        if need_d:
+        if need_d and scale is None:
             grads[3] = back.wgrad(dy, dy_columns, h_codes)
         parts = list(_parts(out, values, bool(how.gradient), how.columns))
         if need_x:

@@ -36,13 +36,20 @@ def _best_quantize(x: Tensor, seed: Tensor | None, scale: Tensor | None) -> Any:
 def _activation(quantize: Callable[..., Any]) -> Callable[..., list[Tensor]]:
     """The activation in plain torch, its results quantized by a function that quantizes rows."""
 
-    def run(g: Any, u: Any, d: Any, kind: str, rows: bool, columns: bool, values: bool, value_columns: bool, seed: Any) -> list[Tensor]:
+    def run(
+        g: Any, u: Any, d: Any, kind: str, rows: bool, columns: bool, values: bool, value_columns: bool, seed: Any, scale: Any
+    ) -> list[Tensor]:
         results = [activations.value(kind, g, u)] if d is None else [r for r in activations.gradient(kind, g, u, d) if r is not None]
         out: list[Tensor] = []
         for i, x in enumerate(results):
-            codes, scale, tcodes, tscale = _both(x, None if seed is None else seed + 2 * i, quantize)
-            out += [x] * values + [codes, scale] * rows + [tcodes, tscale] * columns
-        return [*out, *_both(activations.value(kind, g, u), None, quantize)[2:]] if value_columns else out
+            codes, codes_scale, tcodes, tscale = _both(x, None if seed is None else seed + 2 * i, quantize)
+            out += [x] * values + [codes, codes_scale] * rows + [tcodes, tscale] * columns
+        value = activations.value(kind, g, u) if value_columns or scale is not None else g
+        out += _both(value, None, quantize)[2:] if value_columns else []
+        if scale is not None:
+            codes, scale = quantize(value.reshape(-1, value.shape[-1]), None, None)
+            out.append(numerics.dequantize(codes, scale, g.dtype).view(value.shape))
+        return out
 
     return run
 

@@ -120,7 +120,8 @@ def int8_mm_add(
     """``int8_mm(...) + residual``, each rounded once, in one kernel where one adds; no gradient flows.
 
     Args:
-        residual: (..., N), in ``dtype``. The rest as for ``int8_mm``, without a bias.
+        residual: (..., N), in ``dtype``, of which nobody needs the values any more: the sum may be in its memory. The rest as for
+            ``int8_mm``, without a bias.
 
     """
     flat = w_codes.ndim == x_codes.ndim == 2 and 0 not in (*x_codes.shape, w_codes.shape[0])
@@ -128,7 +129,7 @@ def int8_mm_add(
         problem = Problem(x_codes.device.type, dtype, 1, x_codes.shape[0], w_codes.shape[0], x_codes.shape[1])
         implementation = registry.select("int8_mm", problem, impl)
         if implementation.adds and implementation.flat:
-            y: Tensor = implementation.run(x_codes, x_scale, w_codes, w_scale, None, dtype, residual=residual.detach())
+            y: Tensor = implementation.run(x_codes, x_scale, w_codes, w_scale, None, dtype, residual=residual.detach(), into=True)
             return y
     return int8_mm(x_codes, x_scale, w_codes, w_scale, None, dtype, impl) + residual
 

@@ -12,7 +12,7 @@ from teint8.ops.registry import Problem
 _library = torch.library.Library("teint8", "FRAGMENT")
 _library.define("quantize_both(Tensor x, Tensor? seed, str impl) -> (Tensor, Tensor, Tensor, Tensor)")
 _library.define(
-    "activation(Tensor g, Tensor? u, Tensor? d, Tensor? seed, str kind, bool rows, bool columns, bool values, bool value_columns, "
+    "activation(Tensor g, Tensor? u, Tensor? d, Tensor? seed, Tensor? scale, str kind, bool rows, bool columns, bool values, bool value_columns, "
     "str impl) -> Tensor[]"
 )
 
@@ -116,6 +116,7 @@ def activation(
     values: bool = False,
     value_columns: bool = False,
     seed: Tensor | None = None,
+    scale: Tensor | None = None,
     impl: str = "",
 ) -> list[Tensor]:
     """An activation (gated by u), or given d the gradients of one: values, row codes, transposed column codes; no gradient flows.
@@ -127,11 +128,13 @@ def activation(
         rows, columns, values: what is wanted of each result.
         value_columns: with d, transposed column codes of the activation's value, too: a backward needs no codes kept by the forward.
         seed: int64 () for stochastic rounding.
+        scale: with d, float32 (..., M), the scales that ``rows`` gives for the activation's value: its codes times those are wanted, too,
+            so that a backward in float needs no codes kept by the forward.
         impl: name of an implementation, "" for the best.
 
     Returns:
         For each result ``[values]``, ``[codes, scale]``, ``[tcodes, tscale]``, of these what is wanted, in one list; last those of the
-        value.
+        value, ``[tcodes, tscale]`` and ``[dequantized]``.
 
     Examples:
         >>> (h,) = activation(torch.tensor([[1.0, 0.0]]), kind="silu", values=True)
@@ -139,9 +142,22 @@ def activation(
         tensor([[0.7311, 0.0000]])
 
     """
-    op = _activation if raw.direct(g, u, d, seed) else torch.ops.teint8.activation
-    out: list[Tensor] = op(g, u, d, seed, kind, rows, columns, values, value_columns, impl)
+    op = _activation if raw.direct(g, u, d, seed, scale) else torch.ops.teint8.activation
+    out: list[Tensor] = op(g, u, d, seed, scale, kind, rows, columns, values, value_columns, impl)
     return out
+
+
+def keeps_scale(g: Tensor, u: Tensor | None, impl: str = "") -> bool:
+    """Whether a backward makes the activation's value again from its scales with less to read than its codes are.
+
+    Examples:
+        >>> keeps_scale(torch.ones(2, 2), None)
+        False
+
+    """
+    if g.numel() == 0 or not raw.direct(g, u):
+        return False
+    return g.dtype in (torch.bfloat16, torch.float16) and registry.select("activation", _problem(g), impl).hats
 
 
 def _seeds(seed: Tensor | None) -> Tensor | None:
@@ -177,6 +193,7 @@ def _activation(
     u: Tensor | None,
     d: Tensor | None,
     seed: Tensor | None,
+    scale: Tensor | None,
     kind: str,
     rows: bool,
     columns: bool,
@@ -189,10 +206,11 @@ def _activation(
         one = [torch.empty_like(g)] * values
         one += list(raw.quantize(g)) * rows
         one += list(raw.quantize(g.mT)) * columns
-        one = one * results + list(raw.quantize(g.mT)) * value_columns
+        one = one * results + list(raw.quantize(g.mT)) * value_columns + [torch.empty_like(g)] * (scale is not None)
         return [_aligned(t) if t.dtype == torch.int8 else t.clone() for t in one]
     sources = [None if t is None else t.detach() for t in (g, u, d)]
-    out = registry.select("activation", _problem(g), impl).run(*sources, kind, rows, columns, values, value_columns, _seeds(seed))
+    implementation = registry.select("activation", _problem(g), impl)
+    out = implementation.run(*sources, kind, rows, columns, values, value_columns, _seeds(seed), scale)
     return [_aligned(t) if t.dtype == torch.int8 else t for t in out]
 
 
@@ -230,7 +248,7 @@ def _quantize_both_fake(x: Tensor, seed: Tensor | None, impl: str) -> Codes:
 
 @torch.library.register_fake("teint8::activation", lib=_library)  # type: ignore[untyped-decorator]
 def _activation_fake(
-    g: Tensor, u: Any, d: Any, seed: Any, kind: str, rows: bool, columns: bool, values: bool, value_columns: bool, impl: str
+    g: Tensor, u: Any, d: Any, seed: Any, scale: Any, kind: str, rows: bool, columns: bool, values: bool, value_columns: bool, impl: str
 ) -> list[Tensor]:
     out: list[Tensor] = []
     for _ in range(2 if u is not None and d is not None else 1):
@@ -240,7 +258,7 @@ def _activation_fake(
             out += _fake_codes(g)
         if columns:
             out += _fake_codes(g.mT)
-    return out + list(_fake_codes(g.mT)) * value_columns
+    return out + list(_fake_codes(g.mT)) * value_columns + [g.new_empty(g.shape)] * (scale is not None)
 
 
 @torch.library.register_vmap("teint8::quantize_both", lib=_library)  # type: ignore[untyped-decorator]
@@ -259,10 +277,11 @@ def _quantize_both_vmap(info: Any, in_dims: Any, x: Tensor, seed: Tensor | None,
 
 @torch.library.register_vmap("teint8::activation", lib=_library)  # type: ignore[untyped-decorator]
 def _activation_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-    tensors = [None if t is None else raw.front(t, dim, info.batch_size) for t, dim in zip(args[:4], in_dims, strict=False)]
-    *sources, seed = tensors
+    tensors = [None if t is None else raw.front(t, dim, info.batch_size) for t, dim in zip(args[:5], in_dims, strict=False)]
+    *sources, seed, scale = tensors
     lead = sources[0].shape[:-2]  # type: ignore[union-attr]
     flat = [None if t is None else t.reshape(-1, *t.shape[-2:]) for t in sources]
     seed = None if seed is None else seed.reshape(-1, *[1] * (len(lead) - 1)).expand(lead).reshape(-1)
-    out = torch.ops.teint8.activation(*flat, seed, *args[4:])
+    scale = None if scale is None else scale.reshape(-1, scale.shape[-1])
+    out = torch.ops.teint8.activation(*flat, seed, scale, *args[5:])
     return [t.unflatten(0, lead) for t in out], [0] * len(out)

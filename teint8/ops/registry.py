@@ -9,16 +9,18 @@ Ops and what their implementations are called with (always these shapes; broadca
 ``int8_mm``   ``run(x_codes (B, M, K), x_scale (B, M), w_codes (B, N, K), w_scale (B, N), bias (B, N) | None, dtype) -> (B, M, N)``
               as ``numerics.int8_mm``.
               An implementation whose ``flat`` is true takes the same without the batch dimension, too; one whose ``adds`` is true
-              a ``residual`` like its result, which is added to that in the same kernel.
+              a ``residual`` like its result, which is added to that in the same kernel, and ``into``: in the residual's memory, if it can.
 ``linear``    ``run(x (M, K) float, w_codes (N, K), w_scale (N,), bias (N,) | None, dtype) -> (M, N)``
               optional: both in one, for inference, where a device has something better than one after the other.
 ``quantize_both``  ``run(x (..., M, K) float, seed int64 (B,) | None) -> codes, scale, tcodes (..., K, M), tscale (..., K)``
               as ``quantize`` of x's rows, and of its transpose's, which are rounded with seed ^ 1.
 ``activation``  ``run(g (M, N) or (B, M, N), u | None, d | None, kind, rows, columns, values, value_columns,
-              seed (B,) | None) -> [tensors]``
+              seed (B,) | None, scale (..., M) | None) -> [tensors]``
               as ``activations.value``, or ``activations.gradient`` where d is given; for each result its values (..., M, N), its row
               codes and scales, its transposed column codes and scales, of these what is asked for. The second result takes seed + 2.
-              ``value_columns``, with d: transposed column codes and scales of the value, too, last, rounded to nearest.
+              ``value_columns``, with d: transposed column codes and scales of the value, too, last, rounded to nearest. ``scale``,
+              with d: the scales of the value's rows; last of all comes the value of their codes, (..., M, N) in the dtype of g. One
+              whose ``hats`` is true needs no reduction for that, and reads no codes.
 ``mlp``       ``run(x (M, K) float, gate, up | None, down, biases, kind) -> (M, K')``, each weight (codes (N, K), scale (N,))
               optional: linear, activation, linear in one, for inference; n is that of the gate.
 ``norm``      ``run(x (M, K) float, residual | None, weight (K,) | None, bias (K,) | None, kind, eps, codes, values) -> [tensors]``
@@ -103,6 +105,7 @@ class Implementation:
         flat: for int8_mm, whether operands may come without their batch dimension.
         adds: for int8_mm, whether it takes a residual.
         pairs: for quantize and quantize_both, whether it takes a pair.
+        hats: for activation, whether a value's scales spare it the reading of codes.
         describe: given a Problem, the configuration that it runs it with; None where it has one for all.
 
     Examples:
@@ -120,6 +123,7 @@ class Implementation:
     flat: bool = False
     adds: bool = False
     pairs: bool = False
+    hats: bool = False
     describe: Callable[[Problem], str] | None = None
 
 
@@ -139,6 +143,7 @@ def register(
     flat: bool = False,
     adds: bool = False,
     pairs: bool = False,
+    hats: bool = False,
     describe: Callable[[Problem], str] | None = None,
 ) -> Implementation:
     """Add an implementation of an op; one of the same op and name is replaced.
@@ -155,6 +160,7 @@ def register(
         flat: for int8_mm, whether it takes operands without their batch dimension, too.
         adds: for int8_mm, whether it takes a residual and adds it to the result.
         pairs: for quantize and quantize_both, whether it takes ``pair``, a second tensor like x.
+        hats: for activation, whether with ``scale`` it makes the value of the codes without them, for bfloat16 and float16.
         describe: tells which of its configurations runs a problem, for the receipt.
 
     Returns:
@@ -176,7 +182,7 @@ def register(
         raise ValueError(f"register: op is {op!r}; it must be one of {', '.join(map(repr, OPS))}")
     if not callable(run):
         raise TypeError(f"register: run is {run!r}; a function is needed")
-    added = Implementation(op, name, run, device, priority, why_not, flat, adds, pairs, describe)
+    added = Implementation(op, name, run, device, priority, why_not, flat, adds, pairs, hats, describe)
     others = [i for i in _implementations[op] if i.name != name]
     _implementations[op] = sorted([*others, added], key=lambda i: -i.priority)
     choose_anew()
