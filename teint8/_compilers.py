@@ -37,6 +37,13 @@ def inductor(gm: Any, inputs: Any, mode: str | None, options: dict[str, Any]) ->
     return compile_fx(gm, inputs, inner_compile=inner, config_patches=patches)
 
 
+def without_wrapper(compiled: Any) -> Any:
+    """What Inductor compiled, without the function around it that keeps Dynamo out. Seen on torch 2.11 and 2.13."""
+    from torch._dynamo.eval_frame import innermost_fn
+
+    return innermost_fn(compiled)
+
+
 ROW = 1 << 14
 """Elements of a row that a program of Inductor's may hold at once where it quantizes."""
 

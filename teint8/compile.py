@@ -19,7 +19,7 @@ from teint8.ops import tuning
 from teint8.policy import OPS, Policy, Rule, glob
 from teint8.qtensor import QTensor
 from teint8.transforms.graphs import enables_gradients, has_matmuls, hidden_matmuls, names, weights_of
-from teint8.transforms.held import Follower, held_of
+from teint8.transforms.held import Followers, held_of
 from teint8.transforms.operands import Operand
 from teint8.transforms.quantize import BoundRoute
 from teint8.transforms.receipt import Receipt
@@ -85,20 +85,18 @@ def backend(gm: fx.GraphModule, inputs: Sequence[Any], *, mode: str | None = Non
     extras = program.packable(inputs)
     whole = program.as_graph(extras)
     compiled = _compilers.inductor(whole, [*inputs, *program.fakes(inputs, extras)], mode, inductor)
-    followers = [(extra.position, Follower(extra.axis, extra.granularity)) for extra in extras]
+    followers = Followers(extras)
     met = _Met(program, inputs) if how.receipt is not None or any(rule.path != "*" for rule in how.policy.rules) else None
-    if not followers and met is None:
+    if not extras and met is None:
         return compiled
+    inner = _compilers.without_wrapper(compiled)  # one such wrapper is enough
 
+    @torch.compiler.disable
     def run(*args: Any) -> Any:
         other = None if met is None else met.other(args)
         if other is not None:
             return other.run(args, False, {})[0]
-        more: list[Tensor] = []
-        for position, follower in followers:
-            packed = follower.get(args[position])
-            more += (packed.codes, packed.scale)
-        return compiled(*args, *more)
+        return inner(*args, *followers.get(args)) if extras else inner(*args)
 
     return run
 

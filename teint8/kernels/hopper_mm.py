@@ -5,6 +5,7 @@ One warp brings tiles of both operands by TMA into a ring of shared memory; one 
 after the measurements in README.md (Speed); ``hopper.py`` beside this launches it.
 """
 
+from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language._core import builtin
@@ -17,9 +18,9 @@ _tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_globa
 
 @builtin
 def _tma_add_of_3_6(tensor_desc, coord, src, _semantic=None):
-    """``tma.async_atomic_add``, which Triton 3.6 has no name for."""
+    """``tma.async_atomic_add``, for which Triton 3.6 has no name but the builder's."""
     coord = _semantic._convert_to_ir_values(coord, require_i64=False)
-    _semantic.builder.create_async_tma_reduce(gl.ir.DESCRIPTOR_REDUCE_KIND.ADD, tensor_desc.handle, coord, src.handle)
+    _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, tensor_desc.handle, coord, src.handle)
 
 
 _tma_add = getattr(tma, "async_atomic_add", None) or _tma_add_of_3_6

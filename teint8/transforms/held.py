@@ -6,7 +6,7 @@ Everything is held by the weight, weakly, and is dropped when the weight changes
 import functools
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +42,10 @@ class Entry:
         place = self.place
         same = self.valid and weight._version == place[0] and weight.data_ptr() == place[1]
         return same and not self.storage.expired()
+
+    def on(self, stream: int) -> bool:
+        """Whether a stream, which captures nothing, may read the codes as they are."""
+        return self._event is None or stream in self._streams
 
     def use(self, weight: Tensor) -> QTensor:
         """The codes for what the current stream does next; those that a CUDA graph reads are kept as long as the weight lives."""
@@ -148,28 +152,56 @@ def held_of(weight: Tensor) -> Held:
     return held  # type: ignore[return-value]
 
 
-class Follower:
-    """A packed form of what fills one place of a compiled graph, met at every call: of a weight that did not change in a few checks.
+class Followers:
+    """Packed forms of what fills some places of a compiled graph, met at every call: of weights that did not change in a few checks.
 
     Shapes, strides and dtypes are not among them: the guards of the graph hold those. Nothing is kept alive.
+
+    Args:
+        places: of each weight its place among the arguments, the contracted dimension and the granularity.
+
     """
 
-    __slots__ = ("_last", "axis", "granularity")
+    __slots__ = ("_last", "places")
 
-    def __init__(self, axis: int, granularity: str) -> None:
-        self.axis, self.granularity = axis, granularity
-        self._last: tuple[weakref.ref[Tensor], weakref.ref[Entry]] | None = None  # replaced as a whole: threads may share it
+    def __init__(self, places: Sequence[tuple[int, int, str]]) -> None:
+        self.places = tuple(places)
+        # replaced as a whole: threads may share it
+        self._last: list[tuple[int, weakref.ref[Tensor], weakref.ref[Entry]]] | None = None
 
-    def get(self, weight: Tensor) -> QTensor:
-        """The packed weight, as ``Held.get`` gives it."""
-        last = self._last
-        if last is not None and last[0]() is weight:
-            entry = last[1]()
-            if entry is not None and entry.is_of(weight):
-                return entry.use(weight)
-        entry = held_of(weight).entry(weight, self.axis, self.granularity)
-        self._last = weakref.ref(weight), weakref.ref(entry)
-        return entry.use(weight)
+    def get(self, args: Sequence[Any]) -> list[Tensor]:
+        """Codes and scales, one after the other, as ``Held.get`` gives them."""
+        return self._known(args) or self._anew(args)
+
+    def _known(self, args: Sequence[Any]) -> list[Tensor] | None:
+        """Those of the last call, if they are those of this one."""
+        if self._last is None:
+            return None
+        parts, device, stream = [], None, 0
+        for position, ref, entry_ref in self._last:
+            weight, entry = args[position], entry_ref()
+            if ref() is not weight or entry is None or not entry.is_of(weight):
+                return None
+            if weight.device != device:
+                device = weight.device
+                stream = _torch.stream_of(device)
+                if _torch.is_capturing(weight):
+                    return None
+            if not entry.on(stream):
+                return None
+            parts += (entry.packed.codes, entry.packed.scale)
+        return parts
+
+    def _anew(self, args: Sequence[Any]) -> list[Tensor]:
+        parts, last = [], []
+        for position, axis, granularity in self.places:
+            weight = args[position]
+            entry = held_of(weight).entry(weight, axis, granularity)
+            last.append((position, weakref.ref(weight), weakref.ref(entry)))
+            packed = entry.use(weight)
+            parts += (packed.codes, packed.scale)
+        self._last = last
+        return parts
 
 
 def all_entries() -> list[Entry]:
