@@ -51,6 +51,8 @@ ROW = 1 << 14
 def rows_at_once(choices: Any) -> Any:
     """Inductor's choices, but that a kernel which writes codes holds a whole row, where Inductor reads longer ones than 1024 twice.
 
+    And no row of this length is reduced in two kernels where there are few: the codes would be written by a third.
+
     Seen on torch 2.11 and 2.13: a subclass is the documented way to change them, ``V.set_choices_handler`` to say so.
     """
     from torch._inductor import config
@@ -69,6 +71,12 @@ def rows_at_once(choices: Any) -> Any:
                 if codes and V.graph.sizevars.statically_known_leq(features.reduction_numel, ROW):
                     return True
             return bool(choices.should_use_persistent_reduction(features, cooperative_reduction))
+
+        @staticmethod
+        def reduction_split_factor(device: Any, reduction_numel_hint: int, numel_hint: int, inner_reduction: bool) -> int:
+            if inner_reduction and reduction_numel_hint <= ROW:
+                return 1
+            return int(choices.reduction_split_factor(device, reduction_numel_hint, numel_hint, inner_reduction))
 
     made = Choices.__new__(Choices)
     made.__dict__.update(choices.__dict__)

@@ -150,9 +150,10 @@ def kernels(arch: int) -> None:
             both = dict(**how, STOCHASTIC=stochastic, BLOCK_M=cm, BLOCK_N=cn)
             core(f"both {kind} {backward} {value} {stochastic}", arch, quantize_both_kernels._both_kernel, both, num_warps=code_warps)
     for backward, codes, hat in ((False, True, False), (True, True, False), (True, True, True), (True, False, True)):
-        block, warps = activation_rows.FOR_VALUES if not codes else activation_rows.FOR_TWO if backward else activation_rows.FOR_CODES
+        sizes = activation_rows.FOR_VALUES if not codes else activation_rows.FOR_TWO if backward else activation_rows.FOR_CODES
+        block, longest, warps = sizes
         how = dict(KIND="silu", GATED=True, BACKWARD=backward, OUTPUTS=1 + backward, CODES=codes, VALUES=backward, STOCHASTIC=False)
-        act = dict(**how, HAT=hat, BLOCK=block, ONE_BLOCK=codes)
+        act = dict(**how, HAT=hat, BLOCK=block, HELD=longest // block if codes else 0)
         core(f"activation_rows {backward} {codes} {hat}", arch, activation_rows._activation_rows_kernel, act, num_warps=warps)
     gemvs = ((1, gemv.GATED, False), (4, gemv.GATED, False), (1, gemv.ONE, True), (1, gemv.ONE, False), (4, gemv.ONE, False))
     for m, config, floats in gemvs:

@@ -13,29 +13,31 @@ from teint8.kernels.quantize import code_bits, mixed_seed, noise_key, noise_of, 
 from teint8.kernels.quantize_both import alike, dense
 from teint8.kernels.quantize_both_kernels import _bits, _larger, _source, _top
 
-# elements of a row and warps of a program. Values alone go by blocks that leave few lanes idle; codes want the whole row in registers,
-# those of two gradients in twice as many threads (of 14336 features: 0.96 ms of an H100, with 16 warps 1.04 ms, in blocks of 4096 that
-# are read twice 1.26 ms); a longer row is read twice
-FOR_VALUES, FOR_CODES, FOR_TWO = (4096, 4), (16384, 16), (16384, 32)
+# elements of a block, the longest row whose blocks are all held in registers, warps of a program. Values alone go by blocks that leave
+# few lanes idle; codes want the whole row, those of two gradients in twice as many threads (of 14336 features: 0.96 ms of an H100, with
+# 16 warps 1.04 ms, in blocks of 4096 that are read twice 1.26 ms); a longer row is read twice
+FOR_VALUES, FOR_CODES, FOR_TWO = (4096, 4096, 4), (16384, 16384, 16), (4096, 16384, 32)
 
 
 @triton.jit
-def _finish(
-    x, top, n, inside, codes_ptr, value_ptr, row, seed,
-    DTYPE: tl.constexpr, CODES: tl.constexpr, VALUES: tl.constexpr, STOCHASTIC: tl.constexpr,
-):  # fmt: skip
+def _write_values(x, n, inside, value_ptr, DTYPE: tl.constexpr, VALUES: tl.constexpr):
+    """Rounded to DTYPE; written, if they are wanted."""
     x = rounded(x, DTYPE)
     if VALUES:
         tl.store(value_ptr + n, x.to(value_ptr.dtype.element_ty), mask=inside)
-    if CODES:
-        multiplier = shrunk(scale_and_multiplier(_bits(top, DTYPE))[1], STOCHASTIC)
-        noise = noise_of(noise_key(mixed_seed(seed), row), noise_key(mixed_seed(seed ^ 1), n)) if STOCHASTIC else x
-        q = code_bits(x, multiplier, noise, STOCHASTIC)
-        tl.store(codes_ptr + n, tl.where(multiplier != 0, q, 0).to(tl.int8), mask=inside)
+    return x
 
 
 @triton.jit
-def _finish_hat(value, given, n, inside, hat_ptr, DTYPE: tl.constexpr):
+def _write_codes(x, top, n, inside, codes_ptr, row, seed, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr):
+    multiplier = shrunk(scale_and_multiplier(_bits(top, DTYPE))[1], STOCHASTIC)
+    noise = noise_of(noise_key(mixed_seed(seed), row), noise_key(mixed_seed(seed ^ 1), n)) if STOCHASTIC else x
+    q = code_bits(x, multiplier, noise, STOCHASTIC)
+    tl.store(codes_ptr + n, tl.where(multiplier != 0, q, 0).to(tl.int8), mask=inside)
+
+
+@triton.jit
+def _write_hat(value, given, n, inside, hat_ptr, DTYPE: tl.constexpr):
     """The value of the codes that a row of this scale has. Rounded to DTYPE, which is a half, scale * 127 is absmax again."""
     top = rounded(given * 127.0, DTYPE)
     multiplier = scale_and_multiplier(_bits(top, DTYPE))[1]
@@ -45,12 +47,29 @@ def _finish_hat(value, given, n, inside, hat_ptr, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _block(
+    g_ptr, u_ptr, d_ptr, value0_ptr, value1_ptr, hat_ptr, given, n, N,
+    KIND: tl.constexpr, GATED: tl.constexpr, BACKWARD: tl.constexpr, OUTPUTS: tl.constexpr, VALUES: tl.constexpr, HAT: tl.constexpr,
+):  # fmt: skip
+    """What is made of one block, rounded, values written; the second is of use for OUTPUTS of 2."""
+    dtype = g_ptr.dtype.element_ty
+    first, second, value = _source(g_ptr, u_ptr, d_ptr, n, n, n < N, KIND, GATED, BACKWARD, False)
+    if HAT:
+        _write_hat(value, given, n, n < N, hat_ptr, dtype)
+    first = _write_values(first, n, n < N, value0_ptr, dtype, VALUES)
+    if OUTPUTS == 2:
+        second = _write_values(second, n, n < N, value1_ptr, dtype, VALUES)
+    return first, second
+
+
+@triton.jit
 def _activation_rows_kernel(
     g_ptr, u_ptr, d_ptr, codes0_ptr, scale0_ptr, value0_ptr, codes1_ptr, scale1_ptr, value1_ptr, seed_ptr, given_ptr, hat_ptr, M, N,
     stride_gb, stride_gm, stride_db, stride_dm, stride_vm,
     KIND: tl.constexpr, GATED: tl.constexpr, BACKWARD: tl.constexpr, OUTPUTS: tl.constexpr, CODES: tl.constexpr, VALUES: tl.constexpr,
-    STOCHASTIC: tl.constexpr, HAT: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr,
+    STOCHASTIC: tl.constexpr, HAT: tl.constexpr, BLOCK: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
+    """``HELD``: how many blocks, which are all of a row, stay in registers; 0: a row is read once for absmax, once for codes."""
     row = tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
     n = tl.arange(0, BLOCK)
@@ -58,6 +77,9 @@ def _activation_rows_kernel(
     u_ptr += batch * stride_gb + row.to(tl.int64) * stride_gm
     d_ptr += batch * stride_db + row.to(tl.int64) * stride_dm
     out = (batch * M + row) * N
+    hat_ptr += out
+    codes0_ptr += out
+    codes1_ptr += out
     value0_ptr += (batch * M + row) * stride_vm
     value1_ptr += (batch * M + row) * stride_vm
     top0 = tl.zeros((1,), tl.float32)
@@ -65,16 +87,25 @@ def _activation_rows_kernel(
     dtype = g_ptr.dtype.element_ty
     seed = tl.load(seed_ptr + batch) if STOCHASTIC else 0
     given = tl.load(given_ptr + batch * M + row + tl.arange(0, 1)) if HAT else top0
-    if ONE_BLOCK:
-        first, second, value = _source(g_ptr, u_ptr, d_ptr, n, n, n < N, KIND, GATED, BACKWARD, False)
+    if HELD > 0:
+        firsts = ()
+        seconds = ()
+        for i in tl.static_range(HELD):
+            at = i * BLOCK + n
+            first, second = _block(
+                g_ptr, u_ptr, d_ptr, value0_ptr, value1_ptr, hat_ptr, given, at, N, KIND, GATED, BACKWARD, OUTPUTS, VALUES, HAT
+            )
+            firsts = firsts + (first,)  # noqa: RUF005
+            seconds = seconds + (second,)  # noqa: RUF005
+            if CODES:
+                top0 = _larger(top0, _top(first, 0))
+                top1 = _larger(top1, _top(second, 0))
         if CODES:
-            top0 = _larger(top0, _top(first, 0))
-            top1 = _larger(top1, _top(second, 0))
-        _finish(first, top0, n, n < N, codes0_ptr + out, value0_ptr, row, seed, dtype, CODES, VALUES, STOCHASTIC)
-        if OUTPUTS == 2:
-            _finish(second, top1, n, n < N, codes1_ptr + out, value1_ptr, row, seed + 2, dtype, CODES, VALUES, STOCHASTIC)
-        if HAT:
-            _finish_hat(value, given, n, n < N, hat_ptr + out, dtype)
+            for i in tl.static_range(HELD):
+                at = i * BLOCK + n
+                _write_codes(firsts[i], top0, at, at < N, codes0_ptr, row, seed, dtype, STOCHASTIC)
+                if OUTPUTS == 2:
+                    _write_codes(seconds[i], top1, at, at < N, codes1_ptr, row, seed + 2, dtype, STOCHASTIC)
     else:
         if CODES:
             for k in range(0, N, BLOCK):
@@ -83,12 +114,13 @@ def _activation_rows_kernel(
                 top1 = _larger(top1, _top(second, 0))
         for k in range(0, N, BLOCK):
             at = (tl.cdiv(N, BLOCK) - 1) * BLOCK - k + n  # backwards: what was read last is still in the cache
-            first, second, value = _source(g_ptr, u_ptr, d_ptr, at, at, at < N, KIND, GATED, BACKWARD, False)
-            _finish(first, top0, at, at < N, codes0_ptr + out, value0_ptr, row, seed, dtype, CODES, VALUES, STOCHASTIC)
-            if OUTPUTS == 2:
-                _finish(second, top1, at, at < N, codes1_ptr + out, value1_ptr, row, seed + 2, dtype, CODES, VALUES, STOCHASTIC)
-            if HAT:
-                _finish_hat(value, given, at, at < N, hat_ptr + out, dtype)
+            first, second = _block(
+                g_ptr, u_ptr, d_ptr, value0_ptr, value1_ptr, hat_ptr, given, at, N, KIND, GATED, BACKWARD, OUTPUTS, VALUES, HAT
+            )
+            if CODES:
+                _write_codes(first, top0, at, at < N, codes0_ptr, row, seed, dtype, STOCHASTIC)
+                if OUTPUTS == 2:
+                    _write_codes(second, top1, at, at < N, codes1_ptr, row, seed + 2, dtype, STOCHASTIC)
     if CODES:
         one = tl.arange(0, 1)
         tl.store(scale0_ptr + batch * M + row + one, scale_and_multiplier(_bits(top0, dtype))[0])
@@ -156,9 +188,11 @@ def activation_rows(
         if _launch.known(key):
             _launch.again(key, (m, batch, 1), args)
         else:
-            block, warps = FOR_VALUES if not codes else FOR_TWO if outputs == 2 else FOR_CODES
+            block, longest, warps = FOR_VALUES if not codes else FOR_TWO if outputs == 2 else FOR_CODES
             block = min(triton.next_power_of_2(n), block)
-            constants = (kind, gated, backward, outputs, codes, values, seed is not None, scale is not None, block, n <= block)
-            _launch.first(key, (m, batch, 1), args, constants, num_warps=min(max(block // 512, 1), warps), enable_fp_fusion=False)
+            held = -(-n // block) if n <= longest else 0
+            constants = (kind, gated, backward, outputs, codes, values, seed is not None, scale is not None, block, held)
+            warps = min(max(block * max(held, 1) // 512, 1), warps)
+            _launch.first(key, (m, batch, 1), args, constants, num_warps=warps, enable_fp_fusion=False)
     rows = [Rows(q if codes else None, s if codes else None, v.to(dtype) if values else None) for q, s, v in made]
     return (*rows, *(() if scale is None else (Rows(None, None, hat.to(dtype)),)))
