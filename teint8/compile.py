@@ -91,7 +91,7 @@ def backend(gm: fx.GraphModule, inputs: Sequence[Any], *, mode: str | None = Non
         return compiled
     inner = _compilers.without_wrapper(compiled)  # one such wrapper is enough
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def run(*args: Any) -> Any:
         other = None if met is None else met.other(args)
         if other is not None:

@@ -80,6 +80,7 @@ def _arguments(op: str, device: str) -> tuple[Any, ...]:
         "block_mm": (xq, xs[:, None].expand(-1, 3), wq, ws[:, None].expand(-1, 3), bias, 32, x.dtype),
         "rotate": (x, torch.exp2(torch.arange(65, device=device) % 5 - 2.0), 1, True, None),
         "norm": (x, u, u[0], None, "rms", 1e-5, True, True),
+        "channel_norm": (x.view(3, 11, 65), w[0, :11], None, None, None, 11, 1e-5, True, True),
     }[op]
 
 

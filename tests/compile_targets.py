@@ -11,6 +11,7 @@ import sys
 import tempfile
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -18,6 +19,7 @@ from teint8.kernels import (
     activation_rows,
     attention,
     block_mm,
+    channel_norm,
     conv,
     dequantize,
     finish,
@@ -36,7 +38,7 @@ from teint8.kernels import (
 
 POINTERS = {"seed_ptr": "*i64"}
 INTS = ("tops_ptr", "sums_ptr")
-FLOATS32 = ("scale_ptr", "given_ptr", "xs_ptr", "ws_ptr", "us_ptr", "scale0_ptr", "scale1_ptr")
+FLOATS32 = ("scale_ptr", "given_ptr", "xs_ptr", "ws_ptr", "us_ptr", "scale0_ptr", "scale1_ptr", "mean_ptr", "factor_ptr")
 CODES = ("codes", "x_ptr_i8", "w_ptr", "up_ptr")
 
 
@@ -149,6 +151,14 @@ def kernels(arch: int) -> None:
             core(f"absmax {kind} {backward} {value} {stochastic}", arch, quantize_both_kernels._absmax_kernel, absmax, num_warps=warps)
             both = dict(**how, STOCHASTIC=stochastic, BLOCK_M=cm, BLOCK_N=cn)
             core(f"both {kind} {backward} {value} {stochastic}", arch, quantize_both_kernels._both_kernel, both, num_warps=code_warps)
+    for each, given in ((False, False), (True, False), (True, True)):
+        width = 64 if each else 10
+        p, c = channel_norm.shape_of_tile(width, 4096)
+        of = dict(EACH=each, GIVEN=given, WEIGHT=True, BIAS=True, DTYPE=tl.bfloat16, BLOCK_P=p, BLOCK_C=c)
+        core(f"channel_norm {each} {given}", arch, channel_norm._statistics_kernel, of, num_warps=4)
+    p, c = channel_norm.shape_of_tile(64, 2048)
+    of = dict(WEIGHT=True, BIAS=True, CODES=True, VALUES=True, DTYPE=tl.bfloat16, BLOCK_P=p, BLOCK_C=c, BLOCK_PARTS=32)
+    core("channel_norm write", arch, channel_norm._write_kernel, of, num_warps=4)
     for backward, codes, hat in ((False, True, False), (True, True, False), (True, True, True), (True, False, True)):
         sizes = activation_rows.FOR_VALUES if not codes else activation_rows.FOR_TWO if backward else activation_rows.FOR_CODES
         block, longest, warps = sizes

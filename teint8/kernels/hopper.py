@@ -174,8 +174,10 @@ def int8_mm(
     shape, device = xq.shape, xq.device
     inner = torch.float32 if dtype == torch.float64 else dtype
     two = () if up is None else (2,)
-    into = into and residual is not None and residual.is_contiguous() and residual.dtype == inner and residual.data_ptr() % 16 == 0
-    y = residual if into else torch.empty((*two, *shape[:-1], wq.shape[-2]), dtype=inner, device=device)  # type: ignore[assignment]
+    if into and residual is not None and residual.is_contiguous() and residual.dtype == inner and residual.data_ptr() % 16 == 0:
+        y = residual
+    else:
+        y, into = torch.empty((*two, *shape[:-1], wq.shape[-2]), dtype=inner, device=device), False
     uq, us, ub = (wq, ws, bias) if up is None else (_aligned(up[0]), *up[1:])
     b = y if bias is None else bias
     if up is not None and not fit_for_one(ws, us, bias, ub):

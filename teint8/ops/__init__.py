@@ -3,6 +3,7 @@
 from teint8.ops import cpu, cpu_conv, cuda, plain
 from teint8.ops.activate import activate
 from teint8.ops.attention import attention
+from teint8.ops.channel_norm import batch_norm, group_norm
 from teint8.ops.conv import conv, conv_problem
 from teint8.ops.embedding import embedding, embedding_bag
 from teint8.ops.grouped import grouped_linear
@@ -23,12 +24,14 @@ __all__ = [
     "Problem",
     "activate",
     "attention",
+    "batch_norm",
     "conv",
     "conv_problem",
     "describe",
     "embedding",
     "embedding_bag",
     "gated_mlp",
+    "group_norm",
     "grouped_linear",
     "implementations",
     "int8_mm",

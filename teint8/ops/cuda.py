@@ -46,15 +46,15 @@ def _activation(
 
     if scale is not None and not (takes_scale(g.dtype) and d is not None and values):  # no kernel does all of it
         out = _activation(g, u, d, kind, rows, columns, values, value_columns, seed, None)
-        codes, scale = _activation(g, u, None, kind, True, False, False, False, None, None)
-        return [*out, dequantize(codes, scale, g.dtype)]
+        return [*out, dequantize(*_activation(g, u, None, kind, True, False, False, False, None, None), g.dtype)]
 
     inner = g.dtype
     args: Any = [t.float() if t is not None and t.dtype == torch.float64 else t for t in (g, u, d)]
     both = quantize_both(*args, kind=kind, seed=seed, value=value_columns) if columns or value_columns else []
     if columns and rows and not values:
         return both
-    one = activation_rows(*args, kind=kind, codes=rows and not columns, values=values, seed=seed, scale=scale) if values or not columns else None
+    codes = rows and not columns
+    one = activation_rows(*args, kind=kind, codes=codes, values=values, seed=seed, scale=scale) if values or not columns else None
     out: list[Any] = []
     for i in range(2 if u is not None and d is not None else 1):
         if values:
@@ -71,6 +71,12 @@ def _norm(*args: Any) -> list[Tensor]:
     from teint8.kernels import norm
 
     return norm.norm(*args)
+
+
+def _channel_norm(*args: Any) -> list[Tensor]:
+    from teint8.kernels import channel_norm
+
+    return channel_norm.channel_norm(*args)
 
 
 def _int8_mm(xq: Tensor, xs: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -235,6 +241,8 @@ def register_all() -> None:
     register("block_mm", "triton-interpreter", _block_mm, device="cpu", priority=-1, why_not=reasons.kernel_why_not)
     register("norm", "triton", _norm, device="cuda", priority=20, why_not=reasons.norm_why_not)
     register("norm", "triton-interpreter", _norm, device="cpu", priority=-1, why_not=reasons.norm_why_not)
+    register("channel_norm", "triton", _channel_norm, device="cuda", priority=20, why_not=reasons.channel_norm_why_not)
+    register("channel_norm", "triton-interpreter", _channel_norm, device="cpu", priority=-1, why_not=reasons.channel_norm_why_not)
     register("rotate", "triton", _rotate, device="cuda", priority=20, why_not=reasons.rotate_why_not)
     register("rotate", "triton-interpreter", _rotate, device="cpu", priority=-1, why_not=reasons.rotate_why_not)
     register("linear", "triton", _linear, device="cuda", priority=20, why_not=reasons.kernel_why_not)

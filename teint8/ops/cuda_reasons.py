@@ -13,6 +13,7 @@ FEW_ROWS = 4
 """Up to this many rows a matmul is bound by reading its weight."""
 _WIDEST_NORM = 16384
 _WIDEST_ROW = 16384
+_WIDEST_GROUP = 4096
 _WIDEST_HEAD = 256
 _MOST_TILES = 65535  # of the second and third dimension of a grid
 
@@ -36,6 +37,17 @@ def norm_why_not(problem: Problem) -> str | None:
     """A norm: rows that registers hold."""
     reason = kernel_why_not(problem)
     return reason or (f"K is {problem.k}; a row of up to {_WIDEST_NORM} is held in registers" if problem.k > _WIDEST_NORM else None)
+
+
+def channel_norm_why_not(problem: Problem) -> str | None:
+    """A norm of channels: a program has those of a group."""
+    reason = kernel_why_not(problem)
+    width = problem.k // problem.extra[0] if problem.extra else 1
+    if reason is None and width > _WIDEST_GROUP:
+        reason = f"a group has {width} channels; a program holds up to {_WIDEST_GROUP}"
+    if reason is None and max(problem.m, problem.k) > _MOST_TILES:
+        reason = f"there are {problem.m} samples of {problem.k} channels; a grid holds {_MOST_TILES}"
+    return reason
 
 
 def rotate_why_not(problem: Problem) -> str | None:

@@ -83,12 +83,8 @@ class Mlp(torch.autograd.Function):
             seed=back.seed(), scale=scale, impl=how.impl,
         )  # fmt: skip
         del dh
-        if scale is not None:
-            grads[3] = dy.mT @ out.pop()
-        if again:
-            h_codes, out = out[-2:], out[:-2]
-        if need_d and scale is None:
-            grads[3] = back.wgrad(dy, dy_columns, h_codes)
+        if need_d:
+            grads[3] = back.wgrad_of_down(dy, dy_columns, h_codes, out, again)
         parts = list(_parts(out, values, bool(how.gradient), how.columns))
         if need_x:
             grads[0] = back.through(parts, first)
@@ -182,6 +178,14 @@ class _Back(NamedTuple):
         if columns is None:
             return g.mT @ dequantize(activations[0], activations[1], g.dtype)
         return int8_mm(columns[0], columns[1], activations[0], activations[1], None, self.dtype, self.how.impl)
+
+    def wgrad_of_down(self, dy: Tensor, columns: Codes | None, h: Codes, out: list[Tensor], again: bool) -> Tensor:
+        """dW of down, whose activations are kept, or the last of what was made with the gradients, and taken off that."""
+        if again:
+            h = [out.pop(-2), out.pop()]
+        elif h[0] is None:
+            return dy.mT @ out.pop()
+        return self.wgrad(dy, columns, h)
 
     def wgrads(self, parts: list[_Part], x: Codes, needed: tuple[bool, bool]) -> tuple[Tensor | None, Tensor | None]:
         """dW of gate and up: halves of one matmul, and so of one storage, where both are needed."""

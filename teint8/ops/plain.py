@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from teint8 import activations, norms, numerics
@@ -63,8 +64,22 @@ def _norm(quantize: Callable[..., Any]) -> Callable[..., list[Tensor]]:
     return run
 
 
+def _channel_norm(quantize: Callable[..., Any]) -> Callable[..., list[Tensor]]:
+    def run(
+        x: Any, weight: Any, bias: Any, mean: Any, variance: Any, groups: int, eps: float, codes: bool, values: bool
+    ) -> list[Tensor]:
+        y = norms.of_channels(x, weight, bias, eps, groups=groups, mean=mean, variance=variance)
+        last = y.mT
+        made = quantize(last.reshape(len(x), -1), None, None) if codes else ()
+        return [y] * values + [t.view(last.shape) if t.dtype == torch.int8 else t for t in made]
+
+    return run
+
+
 def register_all() -> None:
     """Register them, for every device."""
+    register("channel_norm", "reference", _channel_norm(_reference_quantize))
+    register("channel_norm", "composed", _channel_norm(_best_quantize), priority=5)
     register("norm", "reference", _norm(_reference_quantize))
     register("norm", "composed", _norm(_best_quantize), priority=5)
     register("quantize_both", "reference", _reference_both)

@@ -12,8 +12,8 @@ from teint8.ops.registry import Problem
 _library = torch.library.Library("teint8", "FRAGMENT")
 _library.define("quantize_both(Tensor x, Tensor? seed, str impl) -> (Tensor, Tensor, Tensor, Tensor)")
 _library.define(
-    "activation(Tensor g, Tensor? u, Tensor? d, Tensor? seed, Tensor? scale, str kind, bool rows, bool columns, bool values, bool value_columns, "
-    "str impl) -> Tensor[]"
+    "activation(Tensor g, Tensor? u, Tensor? d, Tensor? seed, Tensor? scale, str kind, bool rows, bool columns, bool values, "
+    "bool value_columns, str impl) -> Tensor[]"
 )
 
 Codes = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -128,8 +128,8 @@ def activation(
         rows, columns, values: what is wanted of each result.
         value_columns: with d, transposed column codes of the activation's value, too: a backward needs no codes kept by the forward.
         seed: int64 () for stochastic rounding.
-        scale: with d, float32 (..., M), the scales that ``rows`` gives for the activation's value: its codes times those are wanted, too,
-            so that a backward in float needs no codes kept by the forward.
+        scale: with d, float32 (..., M), the scales that ``rows`` gives for the activation's value: the value of its codes is wanted,
+            too, so that a backward in float needs none kept by the forward.
         impl: name of an implementation, "" for the best.
 
     Returns:

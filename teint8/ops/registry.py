@@ -9,7 +9,8 @@ Ops and what their implementations are called with (always these shapes; broadca
 ``int8_mm``   ``run(x_codes (B, M, K), x_scale (B, M), w_codes (B, N, K), w_scale (B, N), bias (B, N) | None, dtype) -> (B, M, N)``
               as ``numerics.int8_mm``.
               An implementation whose ``flat`` is true takes the same without the batch dimension, too; one whose ``adds`` is true
-              a ``residual`` like its result, which is added to that in the same kernel, and ``into``: in the residual's memory, if it can.
+              a ``residual`` like its result, which is added to that in the same kernel, and ``into``: in the residual's memory, if it
+              can be.
 ``linear``    ``run(x (M, K) float, w_codes (N, K), w_scale (N,), bias (N,) | None, dtype) -> (M, N)``
               optional: both in one, for inference, where a device has something better than one after the other.
 ``quantize_both``  ``run(x (..., M, K) float, seed int64 (B,) | None) -> codes, scale, tcodes (..., K, M), tscale (..., K)``
@@ -25,6 +26,9 @@ Ops and what their implementations are called with (always these shapes; broadca
               optional: linear, activation, linear in one, for inference; n is that of the gate.
 ``norm``      ``run(x (M, K) float, residual | None, weight (K,) | None, bias (K,) | None, kind, eps, codes, values) -> [tensors]``
               as ``norms.value`` of x + residual: that sum where there is a residual, the values, the codes and scales, as asked for.
+``channel_norm``  ``run(x (B, C, P) float, weight (C,) | None, bias | None, mean (C,) | None, variance | None, groups, eps, codes,
+              values) -> [tensors]``: as ``norms.of_channels``; the values (B, C, P), codes (B, P, C) and scales (B,), one a sample, as
+              asked for; m is B, n is P, k is C, extra (groups,), or () where mean and variance are given.
 ``grouped_mm`` ``run(xq (M, K), xs (M,), wq (G, N, K), ws (G, N), ends (G,) int, dtype) -> (M, N)``: ``int8_mm`` of rows that end at
               ends[g] by weight g; 0 behind the last; batch is the number of groups.
 ``conv``      ``run(xq (B, *S, C), xs (B, V), wq (N, *kernel, C / groups), ws (N), bias (N) | None, window, dtype) -> (B, *S', N)``
@@ -55,6 +59,7 @@ OPS = (
     "activation",
     "mlp",
     "norm",
+    "channel_norm",
     "grouped_mm",
     "conv",
     "quantize_channels",

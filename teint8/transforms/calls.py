@@ -315,7 +315,7 @@ HANDLERS: dict[Any, Callable[[Route, Any, Any, Any], Any]] = {
     **dict.fromkeys(CELLS, _cell),
     **dict.fromkeys(recurrent.LAYERS, _recurrent),
     **dict.fromkeys((F.layer_norm, F.rms_norm, torch.layer_norm, torch.rms_norm), norms.normalize),
-    **dict.fromkeys(norms.OTHERS, norms.leave),
+    **dict.fromkeys(norms.OF_CHANNELS, norms.normalize_channels),
     F.bilinear: products.bilinear,
     **dict.fromkeys(_FLOAT_CONVOLUTIONS, _convolution),
     **dict.fromkeys(tables.FUNCTIONS, _table),

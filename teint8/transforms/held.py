@@ -177,9 +177,11 @@ class Followers:
         """Those of the last call, if they are those of this one."""
         if self._last is None:
             return None
-        parts, device, stream = [], None, 0
+        parts: list[Tensor] = []
+        device, stream = None, 0
         for position, ref, entry_ref in self._last:
-            weight, entry = args[position], entry_ref()
+            weight: Any = args[position]
+            entry = entry_ref()
             if ref() is not weight or entry is None or not entry.is_of(weight):
                 return None
             if weight.device != device:
@@ -193,7 +195,8 @@ class Followers:
         return parts
 
     def _anew(self, args: Sequence[Any]) -> list[Tensor]:
-        parts, last = [], []
+        parts: list[Tensor] = []
+        last = []
         for position, axis, granularity in self.places:
             weight = args[position]
             entry = held_of(weight).entry(weight, axis, granularity)

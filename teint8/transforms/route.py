@@ -112,10 +112,10 @@ class Route(Recording, TorchFunctionMode):
             return False
         return not torch.is_inference_mode_enabled()  # what has no version keeps no codes
 
-    def keep_codes(self, y: Tensor, codes: tuple[Tensor, Tensor]) -> None:
-        """Let the linears of y take its codes (M, K) and scales (M,)."""
+    def keep_codes(self, y: Tensor, codes: tuple[Tensor, Tensor], how: tuple[Any, ...] = (False, False, "")) -> None:
+        """Let what follows take the codes of y: linears codes (M, K) and scales (M,), else what ``how`` stands for."""
         if self.shared is not None:
-            self.shared.codes(y, (False, False, ""), lambda: codes)
+            self.shared.codes(y, how, lambda: codes)
 
     def plain(self, args: Any) -> Any:
         """The arguments of a call that stays float, without packed weights."""
