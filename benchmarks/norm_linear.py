@@ -1,21 +1,23 @@
-"""A norm and the linear that follows: one kernel writes the codes, against the norm and an INT8 linear one after the other; all eager.
+"""A norm and the linear or convolution that follows: its codes come of the norm's kernels, against one after the other; all eager.
 
-python benchmarks/norm_linear.py [--out FOLDER]    16384 x 4096 to 4096, weights packed
+python benchmarks/norm_linear.py [--out FOLDER]    16384 x 4096 to 4096; GroupNorm and BatchNorm with a convolution; weights packed
 """
 
+import pathlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import alternating, differing, output_folder, save
+from common import alternating, differing, output_folder, relative_error, save
 
 import teint8
-from teint8 import QTensor, ops
+from teint8 import Policy, QTensor, Rule, ops
 
 M, K, N = 16384, 4096, 4096
 
 
-def main() -> None:
+def main(folder: pathlib.Path) -> None:
     x = torch.randn(M, K, device="cuda", dtype=torch.bfloat16)
     norm_weight, norm_bias = torch.randn(K, device="cuda", dtype=torch.bfloat16), torch.randn(K, device="cuda", dtype=torch.bfloat16)
     layer = torch.nn.Linear(K, N, bias=False, device="cuda", dtype=torch.bfloat16)
@@ -47,9 +49,39 @@ def main() -> None:
         rows += [
             {"norm": kind, "way": name, "ms": ms, "to bf16": took["bf16"] / ms, "to the pair": pair / ms} for name, ms in took.items()
         ]
-    save("norm_linear", rows, output_folder(__doc__))
+    save("norm_linear", rows, folder)
+
+
+def of_channels(folder: pathlib.Path) -> None:
+    rows: list[dict[str, object]] = []
+    for kind, batch, c, size in (("group", 8, 320, 64), ("group", 8, 640, 32), ("group", 2, 320, 64), ("batch", 64, 256, 56)):
+        norm = torch.nn.GroupNorm(32, c) if kind == "group" else torch.nn.BatchNorm2d(c).eval()
+        conv = torch.nn.Conv2d(c, c, 3, padding=1)
+        for layer in (norm, conv):
+            layer.to(device="cuda", dtype=torch.bfloat16, memory_format=torch.channels_last)
+        x = torch.randn(batch, c, size, size, device="cuda", dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+        apart, together = (
+            teint8.te_int8_autocast(training=False, policy=Policy([Rule(ops=names)])) for names in (("conv",), ("conv", "norm"))
+        )
+
+        def under(
+            context: teint8.te_int8_autocast, norm: torch.nn.Module = norm, conv: torch.nn.Module = conv, x: torch.Tensor = x
+        ) -> Any:
+            with context:
+                return conv(norm(x))
+
+        runs = {"bf16": lambda norm=norm, conv=conv, x=x: conv(norm(x)), "INT8, one after the other": lambda apart=apart: under(apart),
+                "INT8, the norm's codes": lambda together=together: under(together)}  # fmt: skip
+        assert relative_error(runs["INT8, the norm's codes"](), runs["bf16"]()) < 0.03
+        took = alternating(runs, rounds=3)
+        pair = took["INT8, one after the other"]
+        rows += [{"norm": kind, "batch": batch, "channels": c, "size": size, "way": name, "ms": ms, "to bf16": took["bf16"] / ms,
+                  "to the pair": pair / ms} for name, ms in took.items()]  # fmt: skip
+    save("norm_conv", rows, folder)
 
 
 if __name__ == "__main__":
     with torch.no_grad():
-        main()
+        out = output_folder(__doc__)
+        main(out)
+        of_channels(out)

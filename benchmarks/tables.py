@@ -28,6 +28,7 @@ NAMES = (
     "overhead",
     "conv",
     "norm_linear",
+    "norm_conv",
     "gpt",
     "compile",
     "compile_times",

@@ -159,11 +159,10 @@ def kernels(arch: int) -> None:
     p, c = channel_norm.shape_of_tile(64, 2048)
     of = dict(WEIGHT=True, BIAS=True, CODES=True, VALUES=True, DTYPE=tl.bfloat16, BLOCK_P=p, BLOCK_C=c, BLOCK_PARTS=32)
     core("channel_norm write", arch, channel_norm._write_kernel, of, num_warps=4)
-    for backward, codes, hat in ((False, True, False), (True, True, False), (True, True, True), (True, False, True)):
-        sizes = activation_rows.FOR_VALUES if not codes else activation_rows.FOR_TWO if backward else activation_rows.FOR_CODES
-        block, longest, warps = sizes
+    for backward, codes, hat in ((False, True, False), (True, True, False), (True, False, False), (True, False, True)):
+        block, warps = activation_rows.FOR_VALUES if not codes else activation_rows.FOR_TWO if backward else activation_rows.FOR_CODES
         how = dict(KIND="silu", GATED=True, BACKWARD=backward, OUTPUTS=1 + backward, CODES=codes, VALUES=backward, STOCHASTIC=False)
-        act = dict(**how, HAT=hat, BLOCK=block, HELD=longest // block if codes else 0)
+        act = dict(**how, HAT=hat, BLOCK=block, ONE_BLOCK=codes)
         core(f"activation_rows {backward} {codes} {hat}", arch, activation_rows._activation_rows_kernel, act, num_warps=warps)
     gemvs = ((1, gemv.GATED, False), (4, gemv.GATED, False), (1, gemv.ONE, True), (1, gemv.ONE, False), (4, gemv.ONE, False))
     for m, config, floats in gemvs:

@@ -10,8 +10,8 @@ import pytest
 
 # bytes of shared memory that a block may have
 KERNELS = {"int8_mm": 7, "grouped_mm": 7, "quantize": 3, "absmax": 8, "both": 8, "activation_rows": 4, "gemv": 5, "norm": 1,
-           "channel_norm": 4, "dequantize": 1, "weight_only": 3, "finish": 1, "conv": 10, "attention": 2, "block_mm": 4, "tops": 1, "known": 1,
-           "depthwise": 1, "rotate": 6}  # fmt: skip
+           "channel_norm": 4, "dequantize": 1, "weight_only": 3, "finish": 1, "conv": 10, "attention": 2, "block_mm": 4, "tops": 1,
+           "known": 1, "depthwise": 1, "rotate": 6}  # fmt: skip
 # 8.9 has the tiles of 8.0, and less shared memory: its limit is held here, too
 LIMITS = {80: 101376, 90: 232448, 100: 232448}
 # bytes a thread that may be spilled: what is needed after the loop, which itself reads one word back for 128 keys. Without spills (8

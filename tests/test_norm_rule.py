@@ -1,4 +1,4 @@
-"""Norms under a rule: the values of ``ops.norm`` in every case, codes that wait for the linear, and what stays as torch has it."""
+"""LayerNorm and RMSNorm under a rule: the values of ``ops.norm`` in every case, codes that wait for the linear, what stays float."""
 
 import pytest
 import torch
@@ -116,45 +116,6 @@ def test_receipt_and_what_stays_float() -> None:
     assert teint8.explain(qfn, w, x).records[0].reason == "it is over [5, 24] of (3, 5, 24), not over the last dimension alone"
     with pytest.raises(ValueError, match=r"strict: w \(norm\) cannot run in INT8: it is over \[5, 24\]"):
         teint8.quantize(two, POLICY, strict=True)(w, x)
-
-
-@pytest.mark.parametrize(
-    "norm", [nn.GroupNorm(4, 8), nn.BatchNorm2d(8), nn.InstanceNorm2d(8, affine=True)], ids=lambda m: type(m).__name__
-)
-def test_other_norms_stay_float_and_say_so(norm: nn.Module, device: str) -> None:
-    torch.manual_seed(0)
-    model, x = nn.Sequential(norm, nn.Conv2d(8, 4, 3)).to(device).eval(), torch.randn(2, 8, 6, 6, device=device)
-    policy = Policy([Rule(ops=("conv", "norm"))])
-    qfn, params = teint8.quantize(model, policy), dict(model.named_parameters())
-    y = qfn(params, x)
-    assert different(y, ops.conv(norm(x), model[1].weight, model[1].bias)) == 0
-    record = next(r for r in teint8.explain(qfn, params, x) if r.op == "norm")
-    assert not record.int8 and record.path == "0.weight" and "has torch's form alone" in record.reason
-    with pytest.raises(ValueError, match=r"strict: 0.weight \(norm\) cannot run in INT8: .*_norm has torch's form alone"):
-        teint8.quantize(model, policy, strict=True)(params, x)
-    assert not [r for r in teint8.explain(teint8.quantize(model), params, x) if r.op == "norm"]
-    torch._dynamo.reset()
-    held = {k: v.detach() for k, v in params.items()}
-    assert relative_error(torch.compile(lambda p, x: qfn(p, x), fullgraph=True)(held, x), y.detach()) < 0.01
-
-
-def test_where_other_norms_have_their_weight() -> None:
-    x = torch.randn(2, 4, 3)
-    w = {name: torch.ones(4) for name in ("g", "b", "mean", "var")}
-    calls = {
-        "batch_norm": lambda p, x: torch.batch_norm(x, p["g"], p["b"], p["mean"], p["var"], False, 0.1, 1e-5, False),
-        "instance_norm": lambda p, x: torch.instance_norm(x, p["g"], p["b"], None, None, True, 0.1, 1e-5, False),
-        "F.batch_norm": lambda p, x: F.batch_norm(x, p["mean"], p["var"], p["g"], p["b"]),
-        "F.group_norm": lambda p, x: F.group_norm(x, 2, p["g"]),
-        "by name": lambda p, x: F.group_norm(x, 2, weight=p["g"]),
-    }
-    for name, call in calls.items():
-        qfn = teint8.quantize(call, POLICY)
-        assert [r.path for r in teint8.explain(qfn, w, x)] == ["g"], name
-        assert torch.equal(qfn(w, x), call(w, x))
-        left = Policy([Rule("g", ops=("norm",), weight=None), *POLICY.rules])
-        in_float = teint8.explain(teint8.quantize(call, left), w, x)
-        assert [r.reason for r in in_float] == ["its rule leaves it in float"]
 
 
 def test_a_rule_that_leaves_norms_in_float_is_no_refusal() -> None:

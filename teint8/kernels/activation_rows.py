@@ -13,10 +13,10 @@ from teint8.kernels.quantize import code_bits, mixed_seed, noise_key, noise_of, 
 from teint8.kernels.quantize_both import alike, dense
 from teint8.kernels.quantize_both_kernels import _bits, _larger, _source, _top
 
-# elements of a block, the longest row whose blocks are all held in registers, warps of a program. Values alone go by blocks that leave
-# few lanes idle; codes want the whole row, those of two gradients in twice as many threads (of 14336 features: 0.96 ms of an H100, with
-# 16 warps 1.04 ms, in blocks of 4096 that are read twice 1.26 ms); a longer row is read twice
-FOR_VALUES, FOR_CODES, FOR_TWO = (4096, 4096, 4), (16384, 16384, 16), (4096, 16384, 32)
+# elements of a block and warps of a program. Values alone go by blocks that leave few lanes idle; codes want the whole row in
+# registers, those of two gradients in twice as many threads (of 14336 features: 0.95 ms of an H100, with 16 warps 1.04 ms, in four
+# blocks that are held 1.18 ms, in blocks of 4096 that are read twice 1.26 ms); a longer row is read twice
+FOR_VALUES, FOR_CODES, FOR_TWO = (4096, 4), (16384, 16), (16384, 32)
 
 
 @triton.jit
@@ -67,9 +67,8 @@ def _activation_rows_kernel(
     g_ptr, u_ptr, d_ptr, codes0_ptr, scale0_ptr, value0_ptr, codes1_ptr, scale1_ptr, value1_ptr, seed_ptr, given_ptr, hat_ptr, M, N,
     stride_gb, stride_gm, stride_db, stride_dm, stride_vm,
     KIND: tl.constexpr, GATED: tl.constexpr, BACKWARD: tl.constexpr, OUTPUTS: tl.constexpr, CODES: tl.constexpr, VALUES: tl.constexpr,
-    STOCHASTIC: tl.constexpr, HAT: tl.constexpr, BLOCK: tl.constexpr, HELD: tl.constexpr,
+    STOCHASTIC: tl.constexpr, HAT: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """``HELD``: how many blocks, which are all of a row, stay in registers; 0: a row is read once for absmax, once for codes."""
     row = tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
     n = tl.arange(0, BLOCK)
@@ -87,25 +86,16 @@ def _activation_rows_kernel(
     dtype = g_ptr.dtype.element_ty
     seed = tl.load(seed_ptr + batch) if STOCHASTIC else 0
     given = tl.load(given_ptr + batch * M + row + tl.arange(0, 1)) if HAT else top0
-    if HELD > 0:
-        firsts = ()
-        seconds = ()
-        for i in tl.static_range(HELD):
-            at = i * BLOCK + n
-            first, second = _block(
-                g_ptr, u_ptr, d_ptr, value0_ptr, value1_ptr, hat_ptr, given, at, N, KIND, GATED, BACKWARD, OUTPUTS, VALUES, HAT
-            )
-            firsts = firsts + (first,)  # noqa: RUF005
-            seconds = seconds + (second,)  # noqa: RUF005
-            if CODES:
-                top0 = _larger(top0, _top(first, 0))
-                top1 = _larger(top1, _top(second, 0))
+    if ONE_BLOCK:
+        first, second = _block(
+            g_ptr, u_ptr, d_ptr, value0_ptr, value1_ptr, hat_ptr, given, n, N, KIND, GATED, BACKWARD, OUTPUTS, VALUES, HAT
+        )
         if CODES:
-            for i in tl.static_range(HELD):
-                at = i * BLOCK + n
-                _write_codes(firsts[i], top0, at, at < N, codes0_ptr, row, seed, dtype, STOCHASTIC)
-                if OUTPUTS == 2:
-                    _write_codes(seconds[i], top1, at, at < N, codes1_ptr, row, seed + 2, dtype, STOCHASTIC)
+            top0 = _larger(top0, _top(first, 0))
+            top1 = _larger(top1, _top(second, 0))
+            _write_codes(first, top0, n, n < N, codes0_ptr, row, seed, dtype, STOCHASTIC)
+            if OUTPUTS == 2:
+                _write_codes(second, top1, n, n < N, codes1_ptr, row, seed + 2, dtype, STOCHASTIC)
     else:
         if CODES:
             for k in range(0, N, BLOCK):
@@ -157,7 +147,8 @@ def activation_rows(
 ) -> tuple[Rows, ...]:
     """Rows of the value of an activation, or of its gradients; arguments as for ``quantize_both``.
 
-    ``scale``, with d: that of the rows of the value (B, M), whose dtype ``takes_scale``; last comes ``Rows`` of the value of its codes.
+    ``scale``, with d and without codes: that of the rows of the value (B, M), whose dtype ``takes_scale``; last comes ``Rows`` of the
+    value of its codes. (Beside the codes of two gradients there are no registers for it: that took longer than to read kept ones.)
     """
     shape, device, dtype = g.shape, g.device, g.dtype
     m, n = shape[-2:]
@@ -188,11 +179,10 @@ def activation_rows(
         if _launch.known(key):
             _launch.again(key, (m, batch, 1), args)
         else:
-            block, longest, warps = FOR_VALUES if not codes else FOR_TWO if outputs == 2 else FOR_CODES
+            block, warps = FOR_VALUES if not codes else FOR_TWO if outputs == 2 else FOR_CODES
             block = min(triton.next_power_of_2(n), block)
-            held = -(-n // block) if n <= longest else 0
-            constants = (kind, gated, backward, outputs, codes, values, seed is not None, scale is not None, block, held)
-            warps = min(max(block * max(held, 1) // 512, 1), warps)
+            constants = (kind, gated, backward, outputs, codes, values, seed is not None, scale is not None, block, n <= block)
+            warps = min(max(block // 512, 1), warps)
             _launch.first(key, (m, batch, 1), args, constants, num_warps=warps, enable_fp_fusion=False)
     rows = [Rows(q if codes else None, s if codes else None, v.to(dtype) if values else None) for q, s, v in made]
     return (*rows, *(() if scale is None else (Rows(None, None, hat.to(dtype)),)))

@@ -63,9 +63,10 @@ def _fake(
 
 
 @torch.library.register_vmap("teint8::channel_norm", lib=_library)  # type: ignore[untyped-decorator]
-def _vmap(info: Any, in_dims: Any, x: Tensor, *rest: Any) -> Any:
+def _vmap(info: Any, in_dims: Any, x: Any, *rest: Any) -> Any:
     size = info.batch_size
-    x, *others = (None if t is None else raw.front(t, dim, size) for t, dim in zip((x, *rest[:4]), in_dims, strict=False))  # type: ignore[misc]
+    x = raw.front(x, in_dims[0], size)
+    others = [None if t is None else raw.front(t, dim, size) for t, dim in zip(rest[:4], in_dims[1:], strict=False)]
     if all(dim is None for dim in in_dims[1:5]):  # the mapped dimension folds into the samples
         out = torch.ops.teint8.channel_norm(x.flatten(0, 1), *(None if t is None else t[0] for t in others), *rest[4:])
         return [t.unflatten(0, x.shape[:2]) for t in out], [0] * len(out)
@@ -215,7 +216,8 @@ def group_norm(
     """
     _check("group_norm", x, {"weight": weight, "bias": bias}, num_groups)
     flat = x.reshape(*x.shape[:2], math.prod(x.shape[2:]))
-    return _apply(flat, weight, bias, None, None, num_groups, eps, keeps(), impl).view(x.shape)
+    y: Tensor = _apply(flat, weight, bias, None, None, num_groups, eps, keeps(), impl)
+    return y.view(x.shape)
 
 
 def batch_norm(
@@ -251,7 +253,8 @@ def batch_norm(
     """
     _check("batch_norm", x, {"mean": mean, "variance": variance, "weight": weight, "bias": bias}, 1)
     flat = x.reshape(*x.shape[:2], math.prod(x.shape[2:]))
-    return _apply(flat, weight, bias, mean, variance, 1, eps, keeps(), impl).view(x.shape)
+    y: Tensor = _apply(flat, weight, bias, mean, variance, 1, eps, keeps(), impl)
+    return y.view(x.shape)
 
 
 def values_and_codes(

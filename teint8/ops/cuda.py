@@ -44,9 +44,10 @@ def _activation(
     from teint8.kernels.activation_rows import activation_rows, takes_scale
     from teint8.kernels.quantize_both import quantize_both
 
-    if scale is not None and not (takes_scale(g.dtype) and d is not None and values):  # no kernel does all of it
-        out = _activation(g, u, d, kind, rows, columns, values, value_columns, seed, None)
-        return [*out, dequantize(*_activation(g, u, None, kind, True, False, False, False, None, None), g.dtype)]
+    if scale is not None and not (takes_scale(g.dtype) and d is not None and values and not rows):  # no kernel does all of it
+        made = _activation(g, u, d, kind, rows, columns, values, value_columns, seed, None)
+        codes_of_value, its_scale = _activation(g, u, None, kind, True, False, False, False, None, None)
+        return [*made, dequantize(codes_of_value, its_scale, g.dtype)]
 
     inner = g.dtype
     args: Any = [t.float() if t is not None and t.dtype == torch.float64 else t for t in (g, u, d)]
@@ -54,17 +55,17 @@ def _activation(
     if columns and rows and not values:
         return both
     codes = rows and not columns
-    one = activation_rows(*args, kind=kind, codes=codes, values=values, seed=seed, scale=scale) if values or not columns else None
+    one: Any = activation_rows(*args, kind=kind, codes=codes, values=values, seed=seed, scale=scale) if values or not columns else None
     out: list[Any] = []
     for i in range(2 if u is not None and d is not None else 1):
         if values:
-            out.append(one[i].value.to(inner))  # type: ignore[index,union-attr]
+            out.append(one[i].value.to(inner))
         if rows:
-            out += both[4 * i : 4 * i + 2] if columns else [one[i].codes, one[i].scale]  # type: ignore[index]
+            out += both[4 * i : 4 * i + 2] if columns else [one[i].codes, one[i].scale]
         if columns:
             out += both[4 * i + 2 : 4 * i + 4]
     out += both[-2:] if value_columns else []
-    return out if scale is None else [*out, one[-1].value]  # type: ignore[index]
+    return out if scale is None else [*out, one[-1].value]
 
 
 def _norm(*args: Any) -> list[Tensor]:

@@ -56,9 +56,9 @@ class Mlp(torch.autograd.Function):
         h_codes: Any = activation(g, u, kind=how.kind, rows=True, impl=impl)
         y: Tensor = int8_mm(h_codes[0], h_codes[1], down[0], down[1], bd, x.dtype, impl)
         # a backward in INT8 wants weights by input channel, and activations along the tokens where dW is in INT8 too; those of h it
-        # makes again from g and u, which it reads anyway, and where dW is in float their values, given the scales
+        # makes again from g and u, which it reads anyway, and one in float their values, given the scales
         weights = [codes[2:] if backward else codes for codes in (first, down)]
-        h_kept = (None, None) if columns else (None, h_codes[1]) if keeps_scale(g, u, impl) else h_codes
+        h_kept = (None, None) if columns else (None, h_codes[1]) if not backward and keeps_scale(g, u, impl) else h_codes
         activations = [x_codes[2:] if columns else x_codes, h_kept]
         ctx.how = how
         ctx.save_for_backward(g, u, *(t for pair in (*weights, *activations) for t in pair))

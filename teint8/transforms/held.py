@@ -180,9 +180,8 @@ class Followers:
         parts: list[Tensor] = []
         device, stream = None, 0
         for position, ref, entry_ref in self._last:
-            weight: Any = args[position]
-            entry = entry_ref()
-            if ref() is not weight or entry is None or not entry.is_of(weight):
+            weight, entry = ref(), entry_ref()
+            if weight is None or args[position] is not weight or entry is None or not entry.is_of(weight):
                 return None
             if weight.device != device:
                 device = weight.device
