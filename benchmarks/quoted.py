@@ -68,6 +68,7 @@ def _percent_lost(recipe: str) -> str:
     return f"{100 * (_value('gpt', 'final to bf16', recipe=recipe) - 1):.1f}%"
 
 
+_NORMED = "INT8, the norm's codes"
 FIGURES: dict[str, Callable[[], str]] = {
     "train_fused": lambda: times(_step("int8 fused")),
     "train_module": lambda: times(_step("int8 module")),
@@ -109,6 +110,8 @@ FIGURES: dict[str, Callable[[], str]] = {
     "outliers_smooth": lambda: f"{_value('smoothing', 'largest error', step='int8, smoothed'):.3f}",
     "outliers_speed": lambda: times(_value("smoothing", "to int8", step="int8, smoothed")),
     "outliers_fp8": lambda: f"{_value('smoothing', 'largest error', step='torchao fp8 tensorwise'):.3f}",
+    "norm_group": lambda: f"{_range('norm_conv', 'to the pair', norm='group', way=_NORMED)} times",
+    "norm_batch": lambda: times(_value("norm_conv", "to the pair", norm="batch", way=_NORMED)),
     "attention_speed": lambda: f"{_range('attention', 'whole, to sdpa')} times",
 }
 

@@ -197,19 +197,24 @@ def test_gradients_are_those_of_torchs_norm(kind, device) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_convolution_takes_the_norms_codes(kind, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_convolution_takes_the_norms_codes(kind, device, monkeypatch: pytest.MonkeyPatch) -> None:
     conv = importlib.import_module("teint8.ops.conv")  # the package has a function of that name
-    model, x = _model(kind, "cpu")
+    model, x = _model(kind, device)
     params = {k: v.detach() for k, v in model.named_parameters()}
     made: list[Tensor] = []
     quantize = conv.activation_codes
     monkeypatch.setattr(conv, "activation_codes", lambda x, *rest: (made.append(x), quantize(x, *rest))[1])
     y = teint8.quantize(model, POLICY)(params, x)
     assert not made and different(y, ops.conv(_normed(model[0], x), model[1].weight, model[1].bias)) == 0
-    made.clear()
+    for _ in range(3):
+        with torch.no_grad(), te_int8_autocast(training=False, policy=POLICY):
+            model(x.to(memory_format=torch.channels_last))
+    assert not made
     record = next(r for r in teint8.explain(teint8.quantize(model, POLICY), params, x) if r.op == "norm")
     assert (record.path, record.m, record.n, record.mode) == ("0.weight", 72, 8, "codes")
-    grouped = nn.Sequential(model[0], nn.Conv2d(8, 4, 3, groups=2), nn.Conv2d(4, 4, 1)).eval()  # other codes: these wait in vain
+    grouped = (
+        nn.Sequential(model[0], nn.Conv2d(8, 4, 3, groups=2), nn.Conv2d(4, 4, 1)).to(device).eval()
+    )  # other codes: these wait in vain
     held = {k: v.detach() for k, v in grouped.named_parameters()}
     y = teint8.quantize(grouped, POLICY)(held, x)
     first = ops.conv(_normed(model[0], x), grouped[1].weight, grouped[1].bias, groups=2)
