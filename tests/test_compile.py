@@ -366,6 +366,20 @@ def test_long_rows_are_held_at_once_where_codes_are_written() -> None:
     assert not held(14336, torch.int8, ReductionHint.OUTER)
 
 
+def test_few_rows_are_reduced_in_one_kernel() -> None:
+    from teint8 import _compilers
+
+    class Inductors:
+        @staticmethod
+        def reduction_split_factor(device: torch.device, reduction_numel_hint: int, numel_hint: int, inner_reduction: bool) -> int:
+            return 7
+
+    split = _compilers.rows_at_once(Inductors()).reduction_split_factor
+    device = torch.device("cpu")
+    assert split(device, 14336, 1, True) == split(device, 14336, 1, inner_reduction=True) == 1
+    assert split(device, 2**15, 1, True) == split(device, 14336, 1, False) == 7
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_long_rows_are_read_once_on_a_gpu() -> None:
     model = nn.Sequential(nn.RMSNorm(4096), nn.Linear(4096, 16, bias=False)).cuda()

@@ -76,7 +76,7 @@ def normalize_channels(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
     groups = bound.get("num_groups") or (getattr(x, "shape", (0, 0))[1:2] or [1])[0]
     path, rule = _rule(route, weight)
     unwanted = _why_not_wanted(rule)
-    reason = unwanted or _why_float_channels(x, groups, of_input, mean, instance or "num_groups" in names)
+    reason = unwanted or _why_float_channels(x, groups, of_input, mean, variance, instance or "num_groups" in names)
     if reason:
         if not unwanted:
             route.refuse(rule, path, "norm", reason)
@@ -98,7 +98,7 @@ def normalize_channels(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
     return ops.batch_norm(x, mean, variance, weight, bias, eps=eps, impl=impl)
 
 
-def _why_float_channels(x: Any, groups: Any, of_input: bool, mean: Any, by_sample: bool) -> str:
+def _why_float_channels(x: Any, groups: Any, of_input: bool, mean: Any, variance: Any, by_sample: bool) -> str:
     reason = _why_float_at_all(x)
     if reason:
         return reason
@@ -106,6 +106,8 @@ def _why_float_channels(x: Any, groups: Any, of_input: bool, mean: Any, by_sampl
         return "its statistics are those of the batch: torch's form alone (in inference they are given)"
     if of_input and mean is not None:
         return "it keeps running statistics: torch's form alone"
+    if not of_input and (mean is None or variance is None):
+        return "mean and variance are not given"  # torch raises
     fits = x.ndim > 1 and x.shape[1] % groups == 0 and x.numel() != x.shape[0] * groups
     return "" if fits or not of_input else f"a group of {tuple(x.shape)} in {groups} has one value, or they do not divide the channels"
 
