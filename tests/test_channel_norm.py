@@ -284,7 +284,7 @@ def test_bad_input() -> None:
     for form in (F.batch_norm, lambda x, *rest: F.instance_norm(x, *rest, use_input_stats=False)):
         for given in ((None, None), (w, None)):
             none = teint8.quantize(lambda p, x, form=form, given=given: form(x, *given), POLICY)
-            with pytest.raises(RuntimeError, match="running_mean|running_var|mean and var"):
+            with pytest.raises(RuntimeError, match=r"running_mean|running_var|mean and var"):
                 none({}, x)
     one = teint8.quantize(lambda p, x: F.group_norm(x, 6, p["w"]), POLICY)
     with pytest.raises(ValueError, match="more than 1 value"):

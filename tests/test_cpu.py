@@ -73,7 +73,9 @@ def test_the_matmul_for_avx2_alone(dtype: torch.dtype, monkeypatch: pytest.Monke
         cached.cache_clear()
     try:
         if not cpu_rows.has_avx2():
-            pytest.skip(cpu_rows.why_not() or "the CPU has no AVX2")
+            reason = cpu_rows.why_not()
+            assert reason is None or "load" not in reason, reason  # what was built must load
+            pytest.skip(reason or "the CPU has no AVX2")
         for m, n, k in ((1, 1, 2), (1, 33, 64), (3, 32, 65), (2, 100, 1000), (257, 70, 130), (700, 40, 33)):
             x, w, bias = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype), torch.randn(n).to(dtype)
             x[0] = 0 if m > 1 else x[0]
@@ -103,6 +105,31 @@ def test_threads_have_scratch_of_their_own() -> None:
     for thread in threads:
         thread.join()
     assert right == [True] * 100
+
+
+@pytest.mark.parametrize("m,n,k", [(300, 2048, 512), (70, 2000, 1000), (17, 4096, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_groups_of_panels_on_many_threads(m: int, n: int, k: int, dtype: torch.dtype) -> None:
+    """More groups than one, and more threads than cores: each job packs its own, and reads the codes that all have written."""
+    x, w, bias = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype), torch.randn(n).to(dtype)
+    x[3], x[5, 7] = 0, float("nan")
+    (xq, xs), (wq, ws) = ops.quantize(x, impl="reference"), ops.quantize(w, impl="reference")
+    want = ops.int8_mm(xq, xs, wq, ws, bias, dtype, "reference")
+    threads, ran = torch.get_num_threads(), []
+    torch.set_num_threads(8)
+    try:
+        for op in ("linear", "int8_mm"):
+            for isa in ops.implementations(op):
+                problem = ops.Problem("cpu", dtype, 1, m, n, k)
+                if isa.name not in ("cpu-amx", "cpu-vnni", "cpu-avx2") or isa.why_not(problem):
+                    continue
+                y = isa.run(x, wq, ws, bias, dtype) if op == "linear" else isa.run(xq, xs, wq, ws, bias, dtype)
+                assert different(y, want) == 0, (op, isa.name)
+                ran.append(isa.name)
+    finally:
+        torch.set_num_threads(threads)
+    if not ran:
+        pytest.skip("no kernel in C for this CPU")
 
 
 def test_without_a_compiler_the_torch_paths_run(monkeypatch: pytest.MonkeyPatch) -> None:

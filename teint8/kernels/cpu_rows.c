@@ -281,7 +281,7 @@ LINEAR(vnni, VNNI_ROWS, bf16)
 LINEAR(vnni, VNNI_ROWS, f16)
 #endif
 
-#ifdef __AMX_INT8__
+#if defined(__AMX_INT8__) && defined(__AVX512BW__)
 #include <sys/syscall.h>
 #include <unistd.h>
 
