@@ -129,6 +129,37 @@ def test_derivatives(kind, device) -> None:
     assert different(each, torch.stack([ours(x, w, b) for w in ws])) == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradients_of_halves_by_statistics_and_weights_in_float32(dtype, device) -> None:
+    """A variance that float16 does not hold, means that bfloat16 rounds: no gradient goes through either."""
+    torch.manual_seed(0)
+    x = (torch.randn(4, 6, 9, device=device) * 300 + 20).to(dtype)
+    mean, variance = torch.randn(6, device=device) + 20.06, torch.rand(6, device=device) * 1e5 + 9e4
+    w, b, dy = torch.randn(6, device=device), torch.randn(6, device=device), torch.randn(4, 6, 9, device=device)
+    for ours, exact in (
+        (
+            lambda x, w, b: ops.batch_norm(x, mean, variance, w, b),
+            lambda x, w, b: F.batch_norm(x, mean.double(), variance.double(), w, b),
+        ),
+        (lambda x, w, b: ops.group_norm(x, 2, w, b), lambda x, w, b: F.group_norm(x, 2, w, b)),
+    ):
+        leaves = [t.clone().requires_grad_() for t in (x, w, b)]
+        wide = [t.double().requires_grad_() for t in (x, w, b)]
+        got = torch.autograd.grad(ours(*leaves), leaves, dy.to(dtype))
+        want = torch.autograd.grad(exact(*wide), wide, dy.to(dtype).double())
+        assert relative_error(got[0], want[0]) < (1e-3 if dtype == torch.float16 else 5e-3) and got[0].dtype == dtype
+        assert relative_error(got[1:], want[1:]) < 1e-4 and got[1].dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nested_and_empty_vmap(kind, device) -> None:
+    ours, _ = _forms(kind, 4, device)
+    x, ws, b = torch.randn(3, 2, 5, 4, 6, device=device), torch.randn(3, 4, device=device), torch.randn(4, device=device)
+    nested = torch.func.vmap(torch.func.vmap(lambda x, w: ours(x, w, b), (0, None)), (0, 0))
+    assert different(nested(x, ws), torch.stack([torch.stack([ours(y, w, b) for y in xs]) for xs, w in zip(x, ws, strict=True)])) == 0
+    assert torch.func.vmap(lambda x, w: ours(x, w, b))(x[:0, 0], ws[:0]).shape == (0, 5, 4, 6)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiled_has_the_bits_of_eager(kind, device) -> None:
     torch._dynamo.reset()
@@ -276,6 +307,18 @@ def test_bad_input() -> None:
         ops.group_norm(x, 2, w[:5])
     with pytest.raises(ValueError, match=r"batch_norm: variance is torch.int64"):
         ops.batch_norm(x, w, torch.ones(6, dtype=torch.int64))
+    for call in (lambda: ops.group_norm(x, 2, eps=-1.0), lambda: ops.batch_norm(x, w, w, eps=-1.0)):
+        with pytest.raises(ValueError, match=r"_norm: eps is -1.0"):
+            call()
+    # under a rule, whose kernels read as many weights as there are channels
+    for p in ({"w": w[:5]}, {"w": w[None]}):
+        with pytest.raises(ValueError, match=r"group_norm: weight is torch.float32 \("):
+            teint8.quantize(lambda p, x: F.group_norm(x, 2, p["w"]), POLICY)(p, x)
+        with pytest.raises(ValueError, match=r"batch_norm: mean is torch.float32 \("):
+            teint8.quantize(lambda p, x: F.batch_norm(x, p["w"], p["w"]), POLICY)(p, x)
+    for form in (lambda x: F.instance_norm(x, w), lambda x: F.instance_norm(x, None, w), lambda x: F.batch_norm(x[0, :, 0], w, w)):
+        with pytest.raises((ValueError, RuntimeError), match="running_mean"):
+            teint8.quantize(lambda p, x, form=form: form(x), POLICY)({}, x)
     with pytest.raises(TypeError, match=r"group_norm: x is torch.int64 \(3,\)"):
         ops.group_norm(torch.ones(3, dtype=torch.int64), 1)
     wrong = teint8.quantize(lambda p, x: F.group_norm(x, 4, p["w"]), POLICY)
@@ -295,5 +338,5 @@ def test_bad_input() -> None:
 def test_empty(shape) -> None:
     x, w = torch.ones(shape), torch.ones(4)
     assert ops.group_norm(x, 2, w).shape == shape and ops.batch_norm(x, w, w).shape == shape
-    qfn = teint8.quantize(lambda p, x: F.batch_norm(x, p["w"], p["w"]), POLICY)
-    assert qfn({"w": w}, x).shape == shape
+    for form in (lambda p, x: F.batch_norm(x, p["w"], p["w"]), lambda p, x: F.instance_norm(x, weight=p["w"])):
+        assert teint8.quantize(form, POLICY)({"w": w}, x).shape == form({"w": w}, x).shape == shape

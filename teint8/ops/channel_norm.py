@@ -70,6 +70,8 @@ def _vmap(info: Any, in_dims: Any, x: Any, *rest: Any) -> Any:
     if all(dim is None for dim in in_dims[1:5]):  # the mapped dimension folds into the samples
         out = torch.ops.teint8.channel_norm(x.flatten(0, 1), *(None if t is None else t[0] for t in others), *rest[4:])
         return [t.unflatten(0, x.shape[:2]) for t in out], [0] * len(out)
+    if size == 0:
+        return [t.new_empty((0, *t.shape)) for t in _fake(x.new_empty(x.shape[1:]), *others, *rest[4:])], [0] * (rest[7] + 2 * rest[6])
     each = [torch.ops.teint8.channel_norm(x[i], *(None if t is None else t[i] for t in others), *rest[4:]) for i in range(size)]
     return [torch.stack(t) for t in zip(*each, strict=True)], [0] * len(each[0])
 
@@ -129,8 +131,10 @@ class _ChannelNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
         x, weight, mean, variance = ctx.saved_tensors
-        if not ctx.keep and not torch.is_grad_enabled():
-            return (*_native_backward(ctx, g, x, weight, mean, variance), *[None] * 6)
+        # torch's kernels take one dtype, in which statistics and weights of another would be rounded
+        one = mean is None and (weight is None or weight.dtype == x.dtype)
+        if one and not ctx.keep and not torch.is_grad_enabled():
+            return (*_native_backward(ctx, g, x, weight), *[None] * 6)
         n, inverse = _parts(x, mean, variance, ctx.groups, ctx.eps)
         g = g.float()
         gw = g if weight is None else g * _each(weight)
@@ -151,9 +155,7 @@ class _ChannelNorm(torch.autograd.Function):
         return (out if db is None else out + _each(db)).to(x.dtype)
 
 
-def _native_backward(
-    ctx: Any, g: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor | None, variance: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _native_backward(ctx: Any, g: Tensor, x: Tensor, weight: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """By torch's own fused kernels."""
     with torch.enable_grad():
         leaves = [
@@ -161,11 +163,7 @@ def _native_backward(
             for t, need in zip((x, weight), ctx.needs_input_grad, strict=False)
         ]
         a, w = (t if leaf is None else leaf for leaf, t in zip(leaves, (x, weight), strict=True))
-        w = None if w is None else w.to(x.dtype)
-        if mean is None:
-            y = F.group_norm(a, ctx.groups, w, eps=ctx.eps)  # type: ignore[arg-type]
-        else:
-            y = F.batch_norm(a, mean.to(x.dtype), variance.to(x.dtype), w, eps=ctx.eps)  # type: ignore[arg-type,union-attr]
+        y = F.group_norm(a, ctx.groups, w, eps=ctx.eps)  # type: ignore[arg-type]
         wanted = [leaf for leaf in leaves if leaf is not None]
         found = iter(torch.autograd.grad(y, wanted, g) if wanted else ())
     dx, dw = (None if leaf is None else next(found) for leaf in leaves)
@@ -178,7 +176,9 @@ def _apply(x: Tensor, weight: Any, bias: Any, mean: Any, variance: Any, groups: 
     return y
 
 
-def _check(name: str, x: Tensor, vectors: dict[str, Tensor | None], groups: int) -> None:
+def _check(name: str, x: Tensor, vectors: dict[str, Tensor | None], groups: int, eps: float) -> None:
+    if eps < 0:
+        raise ValueError(f"{name}: eps is {eps}; what is added to a variance is not negative")
     if not x.is_floating_point() or x.ndim < 2:
         raise TypeError(f"{name}: x is {x.dtype} {tuple(x.shape)}; floats (B, C, ...) are needed")
     c = x.shape[1]
@@ -205,7 +205,7 @@ def group_norm(
         As x; ``tests/test_channel_norm.py`` compares it with float64.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit, a negative eps.
         TypeError: not floats.
 
     Examples:
@@ -214,7 +214,7 @@ def group_norm(
                  [-1.,  1.]]])
 
     """
-    _check("group_norm", x, {"weight": weight, "bias": bias}, num_groups)
+    _check("group_norm", x, {"weight": weight, "bias": bias}, num_groups, eps)
     flat = x.reshape(*x.shape[:2], math.prod(x.shape[2:]))
     y: Tensor = _apply(flat, weight, bias, None, None, num_groups, eps, keeps(), impl)
     return y.view(x.shape)
@@ -243,7 +243,7 @@ def batch_norm(
         As x.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit, a negative eps.
         TypeError: not floats.
 
     Examples:
@@ -251,7 +251,7 @@ def batch_norm(
         tensor([[1.]])
 
     """
-    _check("batch_norm", x, {"mean": mean, "variance": variance, "weight": weight, "bias": bias}, 1)
+    _check("batch_norm", x, {"mean": mean, "variance": variance, "weight": weight, "bias": bias}, 1, eps)
     flat = x.reshape(*x.shape[:2], math.prod(x.shape[2:]))
     y: Tensor = _apply(flat, weight, bias, mean, variance, 1, eps, keeps(), impl)
     return y.view(x.shape)
@@ -261,6 +261,8 @@ def values_and_codes(
     x: Tensor, weight: Any, bias: Any, mean: Any, variance: Any, groups: int, eps: float
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """``group_norm`` or ``batch_norm`` of x (B, C, *S), which is not empty, and codes (B, *S, C) and scales (B, 1); no derivative."""
+    vectors = {"weight": weight, "bias": bias, "mean": mean, "variance": variance}
+    _check("group_norm" if mean is None else "batch_norm", x, vectors, groups, eps)
     flat = x.reshape(*x.shape[:2], math.prod(x.shape[2:]))
     y, codes, scale = raw_channel_norm(flat, weight, bias, mean, variance, groups, eps, codes=True, values=True, impl="")
     return y.view(x.shape), (codes.view(x.shape[0], *x.shape[2:], x.shape[1]), scale.unsqueeze(1))

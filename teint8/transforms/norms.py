@@ -104,11 +104,11 @@ def _why_float_channels(x: Any, groups: Any, of_input: bool, mean: Any, variance
         return reason
     if of_input and not by_sample:
         return "its statistics are those of the batch: torch's form alone (in inference they are given)"
-    if of_input and mean is not None:
+    if of_input and (mean is not None or variance is not None):
         return "it keeps running statistics: torch's form alone"
-    if not of_input and (mean is None or variance is None):
-        return "mean and variance are not given"  # torch raises
-    fits = x.ndim > 1 and x.shape[1] % groups == 0 and x.numel() != x.shape[0] * groups
+    if x.ndim < 2 or (not of_input and (mean is None or variance is None)):  # torch raises
+        return f"the input has shape {tuple(x.shape)}" if x.ndim < 2 else "mean and variance are not given"
+    fits = x.shape[1] % groups == 0 and x.shape[1:].numel() != groups
     return "" if fits or not of_input else f"a group of {tuple(x.shape)} in {groups} has one value, or they do not divide the channels"
 
 
