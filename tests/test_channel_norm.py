@@ -339,4 +339,4 @@ def test_empty(shape) -> None:
     x, w = torch.ones(shape), torch.ones(4)
     assert ops.group_norm(x, 2, w).shape == shape and ops.batch_norm(x, w, w).shape == shape
     for form in (lambda p, x: F.batch_norm(x, p["w"], p["w"]), lambda p, x: F.instance_norm(x, weight=p["w"])):
-        assert teint8.quantize(form, POLICY)({"w": w}, x).shape == form({"w": w}, x).shape == shape
+        assert teint8.quantize(form, POLICY)({"w": w}, x).shape == shape  # torch's own instance_norm refuses no samples
