@@ -111,6 +111,8 @@ FIGURES: dict[str, Callable[[], str]] = {
     "outliers_speed": lambda: times(_value("smoothing", "to int8", step="int8, smoothed")),
     "outliers_fp8": lambda: f"{_value('smoothing', 'largest error', step='torchao fp8 tensorwise'):.3f}",
     "norm_group": lambda: f"{_range('norm_conv', 'to the pair', norm='group', way=_NORMED)} times",
+    "norm_group_bf16": lambda: f"{_range('norm_conv', 'to bf16', norm='group', way=_NORMED)} times",
+    "norm_batch_bf16": lambda: times(_value("norm_conv", "to bf16", norm="batch", way=_NORMED)),
     "norm_batch": lambda: times(_value("norm_conv", "to the pair", norm="batch", way=_NORMED)),
     "attention_speed": lambda: f"{_range('attention', 'whole, to sdpa')} times",
 }

@@ -66,6 +66,7 @@ def table(name: str) -> str:
     place = ", ".join([found["device"], *versions, found["date"]])
     clocks = f"; clock, its limit, power, its limit right after: {found['clocks']}" if found.get("clocks") else ""
     script = name if (pathlib.Path(__file__).parent / f"{name}.py").exists() else "compile"
+    script = "norm_linear" if name == "norm_conv" else script
     script = "efficientnet" if name == "efficientnet_agreement" else "accuracy" if name.startswith("accuracy_") else script
     lines = [f"### {name}", "", f"`benchmarks/{script}.py`; {place}{clocks}.", ""]
     lines += ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]

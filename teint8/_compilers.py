@@ -51,7 +51,8 @@ ROW = 1 << 14
 def rows_at_once(choices: Any) -> Any:
     """Inductor's choices, but that a kernel which writes codes holds a whole row, where Inductor reads longer ones than 1024 twice.
 
-    And no row of this length is reduced in two kernels where there are few: the codes would be written by a third.
+    And no row of this length is reduced in two kernels where there are few: where the row is quantized its codes would be written by a
+    third. What is reduced for is not known there, so that it holds for every reduction along the last dimension.
 
     Seen on torch 2.11 and 2.13: a subclass is the documented way to change them, ``V.set_choices_handler`` to say so.
     """

@@ -42,6 +42,7 @@ __all__ = [
     "quantize",
     "quantize_static",
     "scale_of",
+    "tells_absmax",
 ]
 
 QMAX = 127
@@ -89,6 +90,23 @@ def scale_of(absmax: Tensor) -> Tensor:
     """
     scale = torch.where(absmax < TINY, 0.0, absmax / torch.full_like(absmax, QMAX))
     return torch.where(absmax.isfinite(), scale, math.nan)
+
+
+def tells_absmax(dtype: torch.dtype) -> bool:
+    """Whether ``scale * 127``, rounded to this dtype, is the absmax of values of it: in float32 two neighbours may have one scale.
+
+    Args:
+        dtype: of the values.
+
+    Returns:
+        True for bfloat16 and float16, in all of whose numbers ``tests/test_kernels.py`` tries it.
+
+    Examples:
+        >>> tells_absmax(torch.bfloat16), tells_absmax(torch.float32)
+        (True, False)
+
+    """
+    return dtype in (torch.bfloat16, torch.float16)
 
 
 def multiplier_of(absmax: Tensor) -> Tensor:

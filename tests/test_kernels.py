@@ -173,8 +173,8 @@ def test_what_an_mlp_keeps_of_its_activation(gated, gradient) -> None:
             dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
             leaves = [t for t in (x, gate, up, down) if gated or t is not up]
             grads.append([g.float().cpu() for g in torch.autograd.grad(y, leaves, dy)])
-    for a, b in zip(*grads, strict=True) if grads else ():
-        assert (a - b).norm() <= 0.01 * b.norm()
+    for a, b in zip(*grads, strict=True) if grads else ():  # matmuls of other strides may add in another order on a GPU
+        assert (a - b).norm() <= 1e-3 * b.norm() if CUDA else different(a, b) == 0
 
 
 @gpu
@@ -386,6 +386,12 @@ def test_every_hopper_tile(name) -> None:
         for _ in range(2):  # through the JIT, then held
             got = hopper.int8_mm(xq, xs, wq, ws, bs, dtype, residual=rs, tile=hopper.TILES[name], split=1)
             assert different(got, want) == 0, (b, m, n, k, dtype, bias, residual)
+        for bias_, into in ((bs, rs), (None, rs)) if rs is not None else ():  # in the residual's memory, by TMA where it can
+            exact = (numerics.int8_mm(xq, xs, wq, ws, bias_, dtype).float() + rs.float()).to(dtype)
+            for _ in range(2):
+                held = into.clone()
+                got = hopper.int8_mm(xq, xs, wq, ws, bias_, dtype, residual=held, into=True, tile=hopper.TILES[name], split=1)
+                assert got.data_ptr() == held.data_ptr() and different(got, exact) == 0, (b, m, n, k, bias_ is None)
 
 
 @pytest.mark.usefixtures("poisoned")

@@ -126,11 +126,6 @@ class Rows(NamedTuple):
     value: Tensor | None
 
 
-def takes_scale(dtype: torch.dtype) -> bool:
-    """Whether absmax is known from the scale: in float32 two neighbours may have one scale."""
-    return dtype in (torch.bfloat16, torch.float16)
-
-
 _launch = Launch(_activation_rows_kernel)
 
 
@@ -147,7 +142,7 @@ def activation_rows(
 ) -> tuple[Rows, ...]:
     """Rows of the value of an activation, or of its gradients; arguments as for ``quantize_both``.
 
-    ``scale``, with d and without codes: that of the rows of the value (B, M), whose dtype ``takes_scale``; last comes ``Rows`` of the
+    ``scale``, with d and without codes: that of the rows of the value (B, M), whose dtype ``tells_absmax``; last comes ``Rows`` of the
     value of its codes. (Beside the codes of two gradients there are no registers for it: that took longer than to read kept ones.)
     """
     shape, device, dtype = g.shape, g.device, g.dtype

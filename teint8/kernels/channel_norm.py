@@ -50,7 +50,7 @@ def _shared(v, EACH: tl.constexpr):
 
 @triton.jit
 def _statistics_kernel(
-    x_ptr, weight_ptr, bias_ptr, given_mean_ptr, given_variance_ptr, mean_ptr, factor_ptr, tops_ptr, P, C, WIDTH, PARTS, eps,
+    x_ptr, weight_ptr, bias_ptr, given_mean_ptr, given_variance_ptr, mean_ptr, factor_ptr, tops_ptr, P, C, WIDTH, PARTS, count, eps,
     stride_xb, stride_xc, stride_xp,
     EACH: tl.constexpr, GIVEN: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, DTYPE: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -79,7 +79,6 @@ def _statistics_kernel(
         bits = _shared(top.to(tl.int32, bitcast=True) & 0x7FFFFFFF, EACH)
         finite = bits < 0x7F800000  # what is not has garbage sums, and the factor NaN
         power = _power(tl.where(finite, bits, 0))
-        count = P if EACH else P * WIDTH
         total = tl.zeros((BLOCK_C,), tl.int64)
         half = tl.div_rn(one * 0.5, power)
         for start in range(0, P, BLOCK_P):
@@ -180,7 +179,7 @@ def channel_norm(
         block_p, block_c = shape_of_tile(width, 4096)
         _statistics(
             (*shared, alignment(x, w, bb, gm, gv)), (parts, b, 1),
-            (x, w, bb, gm, gv, means, factors, tops, p, c, width, parts, float(eps), *x.stride()),
+            (x, w, bb, gm, gv, means, factors, tops, p, c, width, parts, p if each else p * width, float(eps), *x.stride()),
             (each, mean is not None, *constants, _DTYPES[x.dtype], block_p, block_c), num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
         block_p, block_c = shape_of_tile(min(c, 64), 2048)

@@ -132,6 +132,11 @@ def _aligned(codes: Tensor) -> Tensor:
     return padded(tuple(codes.shape), codes.device).copy_(codes)
 
 
+def _is_dense(t: Tensor) -> bool:
+    """Whether TMA can write it."""
+    return t.is_contiguous() and t.data_ptr() % 16 == 0
+
+
 class _Plan(NamedTuple):
     """What a launch for operands of known shapes and strides comes to."""
 
@@ -174,10 +179,11 @@ def int8_mm(
     shape, device = xq.shape, xq.device
     inner = torch.float32 if dtype == torch.float64 else dtype
     two = () if up is None else (2,)
-    if into and residual is not None and residual.is_contiguous() and residual.dtype == inner and residual.data_ptr() % 16 == 0:
+    sizes = (*two, *shape[:-1], wq.shape[-2])
+    if into and residual is not None and (residual.shape, residual.dtype) == (sizes, inner) and _is_dense(residual):
         y = residual
     else:
-        y, into = torch.empty((*two, *shape[:-1], wq.shape[-2]), dtype=inner, device=device), False
+        y, into = torch.empty(sizes, dtype=inner, device=device), False
     uq, us, ub = (wq, ws, bias) if up is None else (_aligned(up[0]), *up[1:])
     b = y if bias is None else bias
     if up is not None and not fit_for_one(ws, us, bias, ub):

@@ -230,7 +230,9 @@ def batch_norm(
     eps: float = 1e-5,
     impl: str = "",
 ) -> Tensor:
-    """BatchNorm in inference (Ioffe and Szegedy, 2015), in one float32 form (``teint8.norms``); no gradient of mean and variance.
+    """BatchNorm in inference (Ioffe and Szegedy, 2015), in one float32 form (``teint8.norms``).
+
+    There is no derivative by mean and variance: None in autograd, zeros under torch.func.
 
     Args:
         x: (B, C, ...), any float dtype.

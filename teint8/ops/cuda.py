@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from teint8 import numerics
 from teint8.ops import cuda_reasons as reasons
 from teint8.ops import cuda_tiles as tiles
 from teint8.ops import registry
@@ -41,10 +42,10 @@ def _activation(
     scale: Tensor | None,
 ) -> list[Tensor]:
     """Both orientations take two reads; rows and values take one, in a kernel of their own."""
-    from teint8.kernels.activation_rows import activation_rows, takes_scale
+    from teint8.kernels.activation_rows import activation_rows
     from teint8.kernels.quantize_both import quantize_both
 
-    if scale is not None and not (takes_scale(g.dtype) and d is not None and values and not rows):  # no kernel does all of it
+    if scale is not None and not (numerics.tells_absmax(g.dtype) and d is not None and values and not rows):  # no kernel does all of it
         made = _activation(g, u, d, kind, rows, columns, values, value_columns, seed, None)
         codes_of_value, its_scale = _activation(g, u, None, kind, True, False, False, False, None, None)
         return [*made, dequantize(codes_of_value, its_scale, g.dtype)]

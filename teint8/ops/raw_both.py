@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from teint8 import _torch
+from teint8 import _torch, numerics
 from teint8.ops import raw, registry
 from teint8.ops.registry import Problem
 
@@ -157,7 +157,7 @@ def keeps_scale(g: Tensor, u: Tensor | None, impl: str = "") -> bool:
     """
     if g.numel() == 0 or not raw.direct(g, u):
         return False
-    return g.dtype in (torch.bfloat16, torch.float16) and registry.select("activation", _problem(g), impl).hats
+    return numerics.tells_absmax(g.dtype) and registry.select("activation", _problem(g), impl).hats
 
 
 def _seeds(seed: Tensor | None) -> Tensor | None:

@@ -155,7 +155,8 @@ def held_of(weight: Tensor) -> Held:
 class Followers:
     """Packed forms of what fills some places of a compiled graph, met at every call: of weights that did not change in a few checks.
 
-    Shapes, strides and dtypes are not among them: the guards of the graph hold those. Nothing is kept alive.
+    Shapes, strides and dtypes are not among them: the guards of the graph hold those. Nothing is kept alive. Where one weight changed
+    all are looked up anew.
 
     Args:
         places: of each weight its place among the arguments, the contracted dimension and the granularity.

@@ -73,7 +73,7 @@ def normalize_channels(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
     eps = bound.get("eps", 1e-5)
     instance = func in (F.instance_norm, torch.instance_norm)
     of_input = "num_groups" in names or bound.get("training", instance)
-    groups = bound.get("num_groups") or (getattr(x, "shape", (0, 0))[1:2] or [1])[0]
+    groups: Any = bound.get("num_groups") if "num_groups" in names else (getattr(x, "shape", (0, 0))[1:2] or [1])[0]
     path, rule = _rule(route, weight)
     unwanted = _why_not_wanted(rule)
     reason = unwanted or _why_float_channels(x, groups, of_input, mean, variance, instance or "num_groups" in names)
@@ -103,13 +103,17 @@ def _why_float_channels(x: Any, groups: Any, of_input: bool, mean: Any, variance
     if reason:
         return reason
     if of_input and not by_sample:
-        return "its statistics are those of the batch: torch's form alone (in inference they are given)"
+        return "in train mode its statistics are those of the batch: it stays as torch has it (in eval mode it need not)"
     if of_input and (mean is not None or variance is not None):
         return "it keeps running statistics: torch's form alone"
     if x.ndim < 2 or (not of_input and (mean is None or variance is None)):  # torch raises
         return f"the input has shape {tuple(x.shape)}" if x.ndim < 2 else "mean and variance are not given"
-    fits = x.shape[1] % groups == 0 and x.shape[1:].numel() != groups
-    return "" if fits or not of_input else f"a group of {tuple(x.shape)} in {groups} has one value, or they do not divide the channels"
+    if any(t is not None and t.requires_grad for t in (mean, variance)):
+        return "its statistics want a gradient, of which there is none"  # torch raises
+    if not of_input:
+        return ""
+    fits = groups > 0 and x.shape[1] % groups == 0 and x.shape[1:].numel() != groups
+    return "" if fits else f"a group of {tuple(x.shape)} in {groups} has one value, or they do not divide the channels"
 
 
 def _name_of_channels(x: Tensor, groups: int, mean: Tensor | None) -> str:
