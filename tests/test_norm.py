@@ -64,6 +64,23 @@ def test_the_sum_has_no_order() -> None:
 
 
 @pytest.mark.parametrize("kind", norms.KINDS)
+def test_gradients_of_a_half_by_a_weight_in_float32(kind, device) -> None:
+    torch.manual_seed(0)
+    x, w, dy = (
+        torch.randn(60, 40, device=device).bfloat16(),
+        torch.randn(40, device=device),
+        torch.randn(60, 40, device=device).bfloat16(),
+    )
+    form = F.layer_norm if kind == "layer" else F.rms_norm
+    leaves, wide = [t.clone().requires_grad_() for t in (x, w)], [t.double().requires_grad_() for t in (x, w)]
+    got = torch.autograd.grad(ops.norm(*leaves, kind=kind, eps=1e-5), leaves, dy)
+    want = torch.autograd.grad(form(wide[0], (40,), wide[1], eps=1e-5), wide, dy.double())
+    for g, t, bound in zip(got, want, (5e-3, 1e-5), strict=True):
+        assert float((g - t).norm() / t.norm()) < bound
+    assert got[1].dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", norms.KINDS)
 @pytest.mark.parametrize("functional", [False, True])
 def test_gradients(kind, functional, device) -> None:
     torch.manual_seed(0)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from teint8.ops import raw, registry
 from teint8.ops.linear import keeps
+from teint8.ops.norm import native_gradients, of_one_dtype
 from teint8.ops.registry import Problem
 
 _library = torch.library.Library("teint8", "FRAGMENT")
@@ -131,10 +132,10 @@ class _ChannelNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
         x, weight, mean, variance = ctx.saved_tensors
-        # torch's kernels take one dtype, in which statistics and weights of another would be rounded
-        one = mean is None and (weight is None or weight.dtype == x.dtype)
-        if one and not ctx.keep and not torch.is_grad_enabled():
-            return (*_native_backward(ctx, g, x, weight), *[None] * 6)
+        if mean is None and of_one_dtype(x, weight) and not ctx.keep and not torch.is_grad_enabled():
+            dx, dw = native_gradients(lambda x, w: F.group_norm(x, ctx.groups, w, eps=ctx.eps), x, weight, g, ctx.needs_input_grad)
+            db = g.float().sum((0, 2)).to(ctx.bias) if ctx.bias is not None and ctx.needs_input_grad[2] else None
+            return dx, dw, db, *[None] * 6
         n, inverse = _parts(x, mean, variance, ctx.groups, ctx.eps)
         g = g.float()
         gw = g if weight is None else g * _each(weight)
@@ -153,21 +154,6 @@ class _ChannelNorm(torch.autograd.Function):
         if dw is not None:
             out = out + n * _each(dw)
         return (out if db is None else out + _each(db)).to(x.dtype)
-
-
-def _native_backward(ctx: Any, g: Tensor, x: Tensor, weight: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """By torch's own fused kernels."""
-    with torch.enable_grad():
-        leaves = [
-            None if t is None or not need else t.detach().requires_grad_()
-            for t, need in zip((x, weight), ctx.needs_input_grad, strict=False)
-        ]
-        a, w = (t if leaf is None else leaf for leaf, t in zip(leaves, (x, weight), strict=True))
-        y = F.group_norm(a, ctx.groups, w, eps=ctx.eps)  # type: ignore[arg-type]
-        wanted = [leaf for leaf in leaves if leaf is not None]
-        found = iter(torch.autograd.grad(y, wanted, g) if wanted else ())
-    dx, dw = (None if leaf is None else next(found) for leaf in leaves)
-    return dx, dw, g.float().sum((0, 2)).to(ctx.bias) if ctx.bias is not None and ctx.needs_input_grad[2] else None
 
 
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]  # as ops/linear.py says

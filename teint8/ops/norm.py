@@ -1,9 +1,11 @@
 """RMSNorm and LayerNorm with derivatives, and the linears that follow one: the residual, the norm and the codes in one kernel."""
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from teint8.norms import KINDS
@@ -104,8 +106,11 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
         x, weight = ctx.saved_tensors
-        if not ctx.keep and not torch.is_grad_enabled():
-            return (*_native_backward(ctx, g, x, weight), None, None, None, None)
+        if of_one_dtype(x, weight) and not ctx.keep and not torch.is_grad_enabled():
+            form = F.layer_norm if ctx.kind == "layer" else F.rms_norm
+            dx, dw = native_gradients(lambda x, w: form(x, x.shape[-1:], w, eps=ctx.eps), x, weight, g, ctx.needs_input_grad)
+            db = g.float().sum(0).to(ctx.bias) if ctx.bias is not None and ctx.needs_input_grad[2] else None
+            return dx, dw, db, None, None, None, None
         n, inverse = _parts(x, ctx.kind, ctx.eps)
         g = g.float()
         gw = g if weight is None else g * weight.float()
@@ -127,21 +132,21 @@ class _Norm(torch.autograd.Function):
         return (out if db is None else out + db.float()).to(x.dtype)
 
 
-def _native_backward(ctx: Any, g: Tensor, x: Tensor, weight: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """By torch's own fused kernels."""
+def of_one_dtype(x: Tensor, weight: Tensor | None) -> bool:
+    """Whether torch's own kernels take both as they are: a weight of another dtype would be rounded, and its gradient, too."""
+    return weight is None or weight.dtype == x.dtype
+
+
+def native_gradients(
+    form: Callable[[Tensor, Any], Tensor], x: Tensor, weight: Tensor | None, g: Tensor, needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """Gradients of torch's own ``form(x, weight)``, those that are needed, by its fused kernels."""
     with torch.enable_grad():
-        leaves = [
-            None if t is None or not need else t.detach().requires_grad_()
-            for t, need in zip((x, weight), ctx.needs_input_grad, strict=False)
-        ]
+        leaves = [None if t is None or not need else t.detach().requires_grad_() for t, need in zip((x, weight), needs, strict=False)]
         a, w = (t if leaf is None else leaf for leaf, t in zip(leaves, (x, weight), strict=True))
-        form = torch.nn.functional.layer_norm if ctx.kind == "layer" else torch.nn.functional.rms_norm
-        w = None if w is None else w.to(x.dtype)
-        y = form(a, x.shape[-1:], w, eps=ctx.eps)  # type: ignore[arg-type]
         wanted = [leaf for leaf in leaves if leaf is not None]
-        found = iter(torch.autograd.grad(y, wanted, g) if wanted else ())
-    dx, dw = (None if leaf is None else next(found) for leaf in leaves)
-    return dx, dw, g.float().sum(0).to(ctx.bias) if ctx.bias is not None and ctx.needs_input_grad[2] else None
+        found = iter(torch.autograd.grad(form(a, w), wanted, g) if wanted else ())  # type: ignore[arg-type]
+    return [None if leaf is None else next(found) for leaf in leaves]
 
 
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]  # as ops/linear.py says
