@@ -5,22 +5,24 @@ Each with the versions it was seen on (2.11, 2.13) and a test.
 
 import contextlib
 import functools
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from teint8._torch import number
 
 
-def inductor(gm: Any, inputs: Any, mode: str | None, options: dict[str, Any]) -> Any:
+def inductor(gm: Any, inputs: Any, mode: str | None, options: dict[str, Any], passes: Callable[[fx.Graph], None]) -> Any:
     """Compile a graph by Inductor with a mode of torch.compile's and options of Inductor's. Seen on torch 2.11 and 2.13.
 
     Values are rounded to their dtype where eager mode rounds them, unless the options say otherwise: what is quantized is the same.
+    ``passes`` edits the graph last, before the caller's own ``post_grad_custom_post_pass``.
     """
-    from torch._inductor import list_mode_options
+    from torch._inductor import config, list_mode_options
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
     from torch._inductor.virtualized import V
 
@@ -34,7 +36,29 @@ def inductor(gm: Any, inputs: Any, mode: str | None, options: dict[str, Any]) ->
         **(list_mode_options(mode) if mode else {}),
         **{name.replace("-", "_"): value for name, value in options.items()},
     }
+    if not patches.get("cpp_wrapper", config.cpp_wrapper):  # which knows no op that takes a list of tensors
+        theirs = patches.get("post_grad_custom_post_pass", config.post_grad_custom_post_pass)
+        patches["post_grad_custom_post_pass"] = _graph_pass(passes, theirs)
     return compile_fx(gm, inputs, inner_compile=inner, config_patches=patches)
+
+
+def _graph_pass(passes: Callable[[fx.Graph], None], theirs: Any) -> Any:
+    """A pass of ours, and theirs after it, if there is one, as Inductor's cache of graphs knows them."""
+    from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+
+    class Pass(CustomGraphPass):
+        def __call__(self, graph: fx.Graph) -> None:
+            passes(graph)
+            if theirs is not None:
+                theirs(graph)
+
+        def uuid(self) -> Any:
+            ours = get_hash_for_files((inspect.getfile(passes),))
+            if theirs is None:
+                return ours
+            return (ours, theirs.uuid()) if isinstance(theirs, CustomGraphPass) else None  # None: nothing is cached
+
+    return Pass()
 
 
 def without_wrapper(compiled: Any) -> Any:

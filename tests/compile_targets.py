@@ -153,12 +153,12 @@ def kernels(arch: int) -> None:
             core(f"both {kind} {backward} {value} {stochastic}", arch, quantize_both_kernels._both_kernel, both, num_warps=code_warps)
     for each, given in ((False, False), (True, False), (True, True)):
         width = 64 if each else 10
-        p, c = channel_norm.shape_of_tile(width, 4096)
+        p, c = channel_norm.shape_of_tile(width, 8192)
         of = dict(EACH=each, GIVEN=given, WEIGHT=True, BIAS=True, DTYPE=tl.bfloat16, BLOCK_P=p, BLOCK_C=c)
-        core(f"channel_norm {each} {given}", arch, channel_norm._statistics_kernel, of, num_warps=4)
-    p, c = channel_norm.shape_of_tile(64, 2048)
+        core(f"channel_norm {each} {given}", arch, channel_norm._statistics_kernel, of, num_warps=8)
+    p, c = channel_norm.shape_of_tile(128, 8192)
     of = dict(WEIGHT=True, BIAS=True, CODES=True, VALUES=True, DTYPE=tl.bfloat16, BLOCK_P=p, BLOCK_C=c, BLOCK_PARTS=32)
-    core("channel_norm write", arch, channel_norm._write_kernel, of, num_warps=4)
+    core("channel_norm write", arch, channel_norm._write_kernel, of, num_warps=8)
     for backward, codes, hat in ((False, True, False), (True, True, False), (True, False, False), (True, False, True)):
         block, warps = activation_rows.FOR_VALUES if not codes else activation_rows.FOR_TWO if backward else activation_rows.FOR_CODES
         how = dict(KIND="silu", GATED=True, BACKWARD=backward, OUTPUTS=1 + backward, CODES=codes, VALUES=backward, STOCHASTIC=False)
@@ -173,11 +173,12 @@ def kernels(arch: int) -> None:
         )  # fmt: skip
         x = "*bf16" if floats else "*i8"
         core(f"gemv {m} {config} {floats}", arch, gemv._gemv_kernel, constants, {"x_ptr": x}, num_warps=config[2])
-    norms = dict(
-        LAYER=True, RESIDUAL=True, WEIGHT=True, BIAS=True, VALUES=False, CODES=True, DTYPE=triton.language.bfloat16, BLOCK=16384,
-        EVEN=False,
-    )  # fmt: skip
-    core("norm", arch, norm._norm_kernel, norms, {"eps": "fp32"}, num_warps=16)
+    for block, warps, stages in ((16384, 16, 1), (4096, 4, 3), (8192, 8, 3)):
+        norms = dict(
+            LAYER=True, RESIDUAL=True, WEIGHT=True, BIAS=True, VALUES=False, CODES=True, DTYPE=triton.language.bfloat16, BLOCK=block,
+            EVEN=False, STAGES=stages,
+        )  # fmt: skip
+        core(f"norm {block}", arch, norm._norm_kernel, norms, {"eps": "fp32"}, num_warps=warps)
     pointers = {"q_ptr": "*i8", "k_ptr": "*i8", "v_ptr": "*i8", "sums_ptr": "*i32", "mask_ptr": "*fp32"}
     pointers |= dict.fromkeys(("a_ptr", "ks_ptr", "vs_ptr"), "*fp32")
     for d, masked in ((64, False), (64, True), (128, False), (128, True), (256, False), (256, True)):

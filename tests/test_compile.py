@@ -561,13 +561,27 @@ def test_codes_and_products_in_compiled_code_are_the_contracts(dtype: torch.dtyp
         x = args[0]
         if op == "quantize":
             return registry.Problem("cpu", x.dtype, 1, x.shape[0], 0, x.shape[1])
+        if op == "linear":
+            return registry.Problem("cpu", x.dtype, 1, x.shape[0], args[1][0][0].shape[0], x.shape[1])
         return registry.Problem("cpu", args[5], x.shape[0], x.shape[1], args[2].shape[1], x.shape[2])
+
+    def many(x, weights, dtype):
+        """What the backend merges on a CPU, by the two ops that it stands for."""
+        quantize, multiply = checked("quantize"), checked("int8_mm")
+        codes, scale = quantize(x, None, None)
+        parts = [tuple(t if t is None else t[None] for t in weight) for weight in weights]
+        want = [multiply(codes[None], scale[None], *part, dtype)[0] for part in parts]
+        best = next((i for i in registry.implementations("linear") if i.many is not None and i.name.startswith("cpu")), None)
+        got = want if best is None or best.why_not(_problem("linear", (x, weights))) else best.many(x, weights, dtype)
+        assert [different(a, b) for a, b in zip(got, want, strict=True)] == [0] * len(weights)
+        return got
 
     model = grid.encoder().eval().to(dtype)
     x = torch.randn(6, 3, 16, dtype=dtype)
     monkeypatch.setattr(registry, "_implementations", {k: list(v) for k, v in registry._implementations.items()})
     for op in seen:
         registry.register(op, "checked", checked(op), device="cpu", priority=1000)
+    registry.register("linear", "checked", many, device="cpu", priority=1000, many=many)
     try:
         with torch.no_grad():
             y = _compiled(model)(x)

@@ -13,7 +13,7 @@ from teint8.kernels.activation import INTERPRETING, rounded
 from teint8.kernels.launch import Launch, alignment, on
 from teint8.kernels.norm import _DTYPES, _fixed, _mean, _power
 from teint8.kernels.quantize import code_bits, scale_and_multiplier
-from teint8.kernels.quantize_both_kernels import _bits, _larger, _top
+from teint8.kernels.quantize_both_kernels import _bits, _larger
 
 
 @triton.jit
@@ -63,14 +63,16 @@ def _statistics_kernel(
     inside = (i < WIDTH) & (channels < C)
     x_ptr += sample * stride_xb
     one = tl.full((BLOCK_C,), 1.0, tl.float32)
-    top = tl.zeros((BLOCK_C,), tl.float32)
-    high = tl.full((BLOCK_C,), float("-inf"), tl.float32)
-    low = tl.full((BLOCK_C,), float("inf"), tl.float32)
+    # places are put together at the end: across threads that takes as long as many loads
+    high = tl.full((BLOCK_P, BLOCK_C), float("-inf"), tl.float32)
+    low = tl.full((BLOCK_P, BLOCK_C), float("-inf"), tl.float32)  # of -x
     for start in range(0, P, BLOCK_P):
         x, mask = _tile(x_ptr, start + tl.arange(0, BLOCK_P), channels, P, inside, stride_xc, stride_xp)
-        top = _larger(top, _top(x, 0))
-        high = tl.maximum(high, tl.max(tl.where(mask, x, float("-inf")), 0))
-        low = tl.minimum(low, tl.min(tl.where(mask, x, float("inf")), 0))
+        high = _larger(high, tl.where(mask, x, float("-inf")))
+        low = _larger(low, tl.where(mask, -x, float("-inf")))
+    high = tl.reduce(high, 0, _larger)
+    low = -tl.reduce(low, 0, _larger)
+    top = tl.where(inside, _larger(tl.abs(high), tl.abs(low)), 0.0)
     if GIVEN:
         mean = tl.load(given_mean_ptr + channels, mask=inside, other=0.0).to(tl.float32)
         variance = tl.load(given_variance_ptr + channels, mask=inside, other=1.0).to(tl.float32)
@@ -79,22 +81,24 @@ def _statistics_kernel(
         bits = _shared(top.to(tl.int32, bitcast=True) & 0x7FFFFFFF, EACH)
         finite = bits < 0x7F800000  # what is not has garbage sums, and the factor NaN
         power = _power(tl.where(finite, bits, 0))
-        total = tl.zeros((BLOCK_C,), tl.int64)
+        sums = tl.zeros((BLOCK_P, BLOCK_C), tl.int64)
         half = tl.div_rn(one * 0.5, power)
         for start in range(0, P, BLOCK_P):
             x, mask = _tile(x_ptr, start + tl.arange(0, BLOCK_P), channels, P, inside, stride_xc, stride_xp)
-            total += tl.sum(_fixed(x * half[None, :]).to(tl.int64), 0)
+            sums += _fixed(x * half[None, :]).to(tl.int64)
+        total = tl.sum(sums, 0)
         total = total if EACH else tl.zeros_like(total) + tl.sum(total, 0)
         mean = (_mean(total, count) * 2.0) * power
         apart = tl.where(inside, _larger(tl.abs(high - mean), tl.abs(low - mean)), 0.0)
         apart_bits = _shared(apart.to(tl.int32, bitcast=True) & 0x7FFFFFFF, EACH)
         power = _power(tl.where(finite, apart_bits, 0))
-        total = tl.zeros((BLOCK_C,), tl.int64)
+        sums = tl.zeros((BLOCK_P, BLOCK_C), tl.int64)
         scale = tl.div_rn(one * 16384.0, power)  # 2^15 twice makes the square one of 2^30
         for start in range(0, P, BLOCK_P):
             x, mask = _tile(x_ptr, start + tl.arange(0, BLOCK_P), channels, P, inside, stride_xc, stride_xp)
             t = tl.where(mask, (x - mean[None, :]) * scale[None, :], 0.0)
-            total += tl.sum((t * t).to(tl.int32).to(tl.int64), 0)
+            sums += (t * t).to(tl.int32).to(tl.int64)
+        total = tl.sum(sums, 0)
         total = total if EACH else tl.zeros_like(total) + tl.sum(total, 0)
         variance = ((_mean(total, count) * 4.0) * power) * power
         factor = tl.where(finite, tl.div_rn(one, tl.sqrt_rn(variance + eps)), float("nan"))
@@ -165,6 +169,8 @@ def channel_norm(
     b, c, p = x.shape
     each = mean is not None or groups == c
     width = min(c, 64) if each else c // groups  # of channels that have nothing in common some go together
+    while each and width > 16 and b * -(-c // width) < 256:  # fewer, where the GPU would not be full
+        width //= 2
     parts = -(-c // width)
     # the interpreter's cast to bfloat16 does not round: it stores float32, whose values are rounded already
     y = torch.empty_like(x, dtype=torch.float32 if INTERPRETING else x.dtype) if values else x
@@ -176,17 +182,17 @@ def channel_norm(
               *(None if t is None else t.dtype for t in (weight, bias, mean, variance)))  # fmt: skip
     constants = (weight is not None, bias is not None)
     with on(device):
-        block_p, block_c = shape_of_tile(width, 4096)
+        block_p, block_c = shape_of_tile(width, 8192)
         _statistics(
             (*shared, alignment(x, w, bb, gm, gv)), (parts, b, 1),
             (x, w, bb, gm, gv, means, factors, tops, p, c, width, parts, p if each else p * width, float(eps), *x.stride()),
-            (each, mean is not None, *constants, _DTYPES[x.dtype], block_p, block_c), num_warps=4, enable_fp_fusion=False,
+            (each, mean is not None, *constants, _DTYPES[x.dtype], block_p, block_c), num_warps=8, enable_fp_fusion=False,
         )  # fmt: skip
-        block_p, block_c = shape_of_tile(min(c, 64), 2048)
+        block_p, block_c = shape_of_tile(min(c, 128), 8192)
         _write(
             (*shared, y.stride(), codes, values, alignment(x, w, bb, y, q)), (-(-p // block_p), -(-c // block_c), b),
             (x, w, bb, means, factors, tops, y, q, s, p, c, parts, *x.stride(), *y.stride()),
-            (*constants, codes, values, _DTYPES[x.dtype], block_p, block_c, triton.next_power_of_2(parts)), num_warps=4,
+            (*constants, codes, values, _DTYPES[x.dtype], block_p, block_c, triton.next_power_of_2(parts)), num_warps=8,
             enable_fp_fusion=False,
         )  # fmt: skip
     return [y.to(dtype)] * values + [q, s] * codes

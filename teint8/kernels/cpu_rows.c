@@ -176,56 +176,73 @@ static struct cut cut_of(int64_t pairs, int64_t blocks, int64_t least, int64_t t
     return best;
 }
 
-/* y (m, n) from x (m, k), or where x is NULL from codes of it (row stride ldx) and their scales. Else scales (m) are written. codes (m
- * rounded up to a block's rows, kp) is scratch, and so is each thread's: 32 * kp bytes, and PANEL(kp) for each of `held` pairs.
+/* A weight (n, k) and what becomes of it: codes, scales, bias or NULL, y (m, n); a thread packs `held` pairs of its panels at once. */
+struct weight { const int8_t *w; const float *scale, *bias; void *y; int64_t n, held; };
+
+/* For each weight y from x (m, k), or where x is NULL from codes of it (row stride ldx) and their scales. Else scales (m) are written.
+ * codes (m rounded up to a block's rows, kp) is scratch, and so is each thread's: 32 * kp bytes, and the most PANEL(kp) * held.
  *
- * A job's panels are packed first and stay in the L2 cache, with the codes of some rows: all of them are multiplied by those before the
- * next rows, so that neighbouring parts of a row of y are written one after the other. */
+ * Rows of codes are put in the order that the instructions want 16 at a time. A job's panels are packed first and stay in the L2 cache,
+ * with the codes of some rows: all of them are multiplied by those before the next rows, so that neighbouring parts of a row of y are
+ * written one after the other. */
+#define BAND 16
 #define PANEL(KP) (32 * (KP) + 128)
 #define LINEAR(ISA, ROWS, T)                                                                                                    \
-    void ISA##_linear_##T(const T *x, const int8_t *given, int64_t ldx, int8_t *codes, float *scales, const int8_t *w,          \
-                          const float *w_scale, const float *bias, T *y, int8_t *scratch, int64_t held, int64_t m, int64_t n,   \
-                          int64_t k, int64_t kp, int threads)                                                                   \
+    static void ISA##_jobs_##T(const struct weight *to, const int8_t *codes, const float *scales, int8_t *stage, int64_t m,     \
+                               int64_t k, int64_t kp, int threads)                                                              \
     {                                                                                                                           \
-        const int64_t pairs = (n + 31) / 32, blocks = (m + ROWS - 1) / ROWS, fit = (1 << 18) / (kp * ROWS), most = 128 / ROWS;   \
+        const int64_t n = to->n, pairs = (n + 31) / 32, blocks = (m + ROWS - 1) / ROWS;                                         \
+        const int64_t fit = (1 << 18) / (kp * ROWS), most = 128 / ROWS;                                                         \
         const int64_t step = fit < 1 ? 1 : fit < most ? fit : most; /* blocks whose codes are read again and again */           \
-        const struct cut cut = cut_of(pairs, blocks, blocks <= step ? pairs : (pairs + held - 1) / held, threads);              \
+        const struct cut cut = cut_of(pairs, blocks, blocks <= step ? pairs : (pairs + to->held - 1) / to->held, threads);      \
+        int8_t *panels = stage + 32 * kp;                                                                                       \
+        int32_t sums[ROWS * 32] __attribute__((aligned(64)));                                                                   \
+        int64_t packed = -1;                                                                                                    \
+        _Pragma("omp for schedule(static) nowait")                                                                              \
+        for (int64_t job = 0; job < cut.groups * cut.parts; job++) {                                                            \
+            const int64_t group = job / cut.parts, part = job % cut.parts;                                                      \
+            const int64_t first = group * pairs / cut.groups, last = (group + 1) * pairs / cut.groups;                          \
+            const int64_t end = (part + 1) * blocks / cut.parts;                                                                \
+            for (int64_t p = first; p < last && packed != group; p++)                                                           \
+                ISA##_pack(to->w, p * 32, n, k, panels + (p - first) * PANEL(kp), stage, kp);                                   \
+            packed = group;                                                                                                     \
+            for (int64_t from = part * blocks / cut.parts; from < end; from += step)                                            \
+                for (int64_t p = first; p < last; p++)                                                                          \
+                    for (int64_t b = from; b < from + step && b < end; b++) {                                                   \
+                        const int64_t c = p * 32, wide = n - c < 32 ? n - c : 32, i = b * ROWS;                                 \
+                        const float *bias = to->bias ? to->bias + c : 0;                                                        \
+                        ISA##_block(codes + i * kp, panels + (p - first) * PANEL(kp), kp, sums);                                \
+                        for (int64_t r = i; r < i + ROWS && r < m; r++) {                                                       \
+                            T *out = (T *)to->y + r * n + c;                                                                    \
+                            if (wide == 32) row_##T(sums + (r - i) * 32, to->scale + c, scales[r], bias, out, 32);              \
+                            else row_##T(sums + (r - i) * 32, to->scale + c, scales[r], bias, out, wide);                       \
+                        }                                                                                                       \
+                    }                                                                                                           \
+        }                                                                                                                       \
+    }                                                                                                                           \
+    void ISA##_linear_##T(const T *x, const int8_t *given, int64_t ldx, int8_t *codes, float *scales,                           \
+                          const struct weight *weights, int64_t count, int8_t *scratch, int64_t m, int64_t k, int64_t kp,       \
+                          int threads)                                                                                          \
+    {                                                                                                                           \
+        int64_t held = 0;                                                                                                       \
+        for (int64_t i = 0; i < count; i++) held = weights[i].held > held ? weights[i].held : held;                             \
         _Pragma("omp parallel num_threads(threads)")                                                                            \
         {                                                                                                                       \
-            int8_t *stage = scratch + omp_get_thread_num() * (32 * kp + held * PANEL(kp)), *panels = stage + 32 * kp;           \
+            int8_t *stage = scratch + omp_get_thread_num() * (32 * kp + held * PANEL(kp));                                      \
             _Pragma("omp for schedule(static)")                                                                                 \
-            for (int64_t i = 0; i < m; i++) {                                                                                   \
-                if (x) scales[i] = quantize_row_##T(x + i * ldx, stage, k, kp, 0, 0, 0);                                        \
-                else {                                                                                                          \
-                    memcpy(stage, given + i * ldx, k);                                                                          \
-                    memset(stage + k, 0, kp - k);                                                                               \
-                }                                                                                                               \
-                ISA##_place(stage, codes, i, kp);                                                                               \
+            for (int64_t i = 0; i < m; i += BAND) {                                                                             \
+                const int64_t rows = m - i < BAND ? m - i : BAND;                                                               \
+                const int whole = !x && k == kp; /* nothing to fill up: they are taken from where they lie */                   \
+                for (int64_t r = 0; r < rows && !whole; r++)                                                                    \
+                    if (x) scales[i + r] = quantize_row_##T(x + (i + r) * ldx, stage + r * kp, k, kp, 0, 0, 0);                 \
+                    else {                                                                                                      \
+                        memcpy(stage + r * kp, given + (i + r) * ldx, k);                                                       \
+                        memset(stage + r * kp + k, 0, kp - k);                                                                  \
+                    }                                                                                                           \
+                ISA##_place(whole ? given + i * ldx : stage, whole ? ldx : kp, rows, codes + i * kp, kp);                       \
             }                                                                                                                   \
             ISA##_begin();                                                                                                      \
-            int32_t sums[ROWS * 32] __attribute__((aligned(64)));                                                               \
-            int64_t packed = -1;                                                                                                \
-            _Pragma("omp for schedule(static)")                                                                                 \
-            for (int64_t job = 0; job < cut.groups * cut.parts; job++) {                                                        \
-                const int64_t group = job / cut.parts, part = job % cut.parts;                                                  \
-                const int64_t first = group * pairs / cut.groups, last = (group + 1) * pairs / cut.groups;                      \
-                const int64_t end = (part + 1) * blocks / cut.parts;                                                            \
-                for (int64_t p = first; p < last && packed != group; p++)                                                       \
-                    ISA##_pack(w, p * 32, n, k, panels + (p - first) * PANEL(kp), stage, kp);                                   \
-                packed = group;                                                                                                 \
-                for (int64_t from = part * blocks / cut.parts; from < end; from += step)                                        \
-                    for (int64_t p = first; p < last; p++)                                                                      \
-                        for (int64_t b = from; b < from + step && b < end; b++) {                                               \
-                            const int64_t c = p * 32, wide = n - c < 32 ? n - c : 32, i = b * ROWS;                             \
-                            ISA##_block(codes + i * kp, panels + (p - first) * PANEL(kp), kp, sums);                            \
-                            for (int64_t r = i; r < i + ROWS && r < m; r++) {                                                   \
-                                const int32_t *s = sums + (r - i) * 32;                                                         \
-                                T *out = y + r * n + c;                                                                         \
-                                if (wide == 32) row_##T(s, w_scale + c, scales[r], bias ? bias + c : 0, out, 32);               \
-                                else row_##T(s, w_scale + c, scales[r], bias ? bias + c : 0, out, wide);                        \
-                            }                                                                                                   \
-                        }                                                                                                       \
-            }                                                                                                                   \
+            for (int64_t i = 0; i < count; i++) ISA##_jobs_##T(weights + i, codes, scales, stage, m, k, kp, threads);           \
             ISA##_end();                                                                                                        \
         }                                                                                                                       \
     }
@@ -237,9 +254,10 @@ static struct cut cut_of(int64_t pairs, int64_t blocks, int64_t least, int64_t t
 #ifdef __AVX512VNNI__
 /* dpbusd multiplies unsigned by signed bytes: codes of x are stored as code + 128, and each channel's sum starts at -128 times the sum
  * of its weights, which is kept behind the panels. */
-static inline void vnni_place(const int8_t *row, int8_t *codes, int64_t i, int64_t kp)
+static inline void vnni_place(const int8_t *rows, int64_t ldr, int64_t count, int8_t *codes, int64_t kp)
 {
-    for (int64_t j = 0; j < kp; j++) codes[i * kp + j] = row[j] ^ (int8_t)0x80;
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t j = 0; j < kp; j++) codes[i * kp + j] = rows[i * ldr + j] ^ (int8_t)0x80;
 }
 
 static inline void vnni_begin(void) {}
@@ -288,10 +306,10 @@ LINEAR(vnni, VNNI_ROWS, f16)
 int amx_enable(void) { return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0; }
 
 /* Tile by tile: 16 rows of 64 codes are 1024 bytes, so that a tile is read in order and its rows never share a set of the cache. */
-static inline void amx_place(const int8_t *row, int8_t *codes, int64_t i, int64_t kp)
+static inline void amx_place(const int8_t *rows, int64_t ldr, int64_t count, int8_t *codes, int64_t kp)
 {
-    int8_t *out = codes + i / 16 * 16 * kp + i % 16 * 64;
-    for (int64_t j = 0; j < kp; j += 64) memcpy(out + j * 16, row + j, 64);
+    for (int64_t j = 0; j < kp; j += 64)
+        for (int64_t i = 0; i < count; i++) memcpy(codes + j * BAND + i * 64, rows + i * ldr + j, 64);
 }
 
 struct tiles { uint8_t palette, start, reserved[14]; uint16_t bytes[16]; uint8_t rows[16]; };

@@ -9,8 +9,8 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,40 +72,56 @@ def quantize(x: Tensor, codes: Tensor, scales: Tensor, seed: Tensor | None, scal
     )
 
 
-def linear(
-    isa: str, x: Tensor, codes: Tensor, scales: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, y: Tensor, scratch: Tensor
-) -> None:
-    """Fill y (M, N) from x (M, K): floats, whose scales are written, or int8 codes, whose scales are given.
+class Weight(NamedTuple):
+    """A weight that codes of an activation are multiplied by, and what becomes of it.
+
+    Attributes:
+        codes: contiguous int8 (N, K).
+        scale: contiguous float32 (N,).
+        bias: the same, or None.
+        y: (M, N), the result.
+
+    """
+
+    codes: Tensor
+    scale: Tensor
+    bias: Tensor | None
+    y: Tensor
+
+
+def linear(isa: str, x: Tensor, codes: Tensor, scales: Tensor, weights: Sequence[Weight], scratch: Tensor) -> None:
+    """Fill the results of one or more weights from x (M, K): floats, whose scales are written, or int8 codes, whose scales are given.
 
     Args:
         isa: "amx", "vnni" or "avx2".
-        x: rows contiguous, in the dtype of y or int8.
+        x: rows contiguous, in the dtype of the results or int8.
         codes: scratch, int8 (M rounded up to ``BLOCK_ROWS``, K rounded up to 64).
         scales: float32 (M,).
-        w: contiguous int8 (N, K).
-        w_scale, bias: contiguous float32 (N,).
-        scratch: int8 (threads, ``scratch_bytes``), aligned to 64 bytes; as many threads run at most.
+        weights: of one K, their results of one dtype.
+        scratch: int8 (threads, the most ``scratch_bytes`` of a weight), aligned to 64 bytes; as many threads run at most.
 
     """
-    (m, n), k = y.shape, w.shape[1]
+    m, k = x.shape
+    kp = codes.shape[1]
     given = x.dtype == torch.int8
-    _function(f"{isa}_linear_{DTYPES[y.dtype]}")(
+    fields: list[int] = []
+    for w, scale, bias, y in weights:
+        n = w.shape[0]
+        fields += (w.data_ptr(), scale.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr(), n, _panels(n, kp))
+    work = m * k * sum(w.codes.shape[0] for w in weights)
+    _function(f"{isa}_linear_{DTYPES[weights[0].y.dtype]}")(
         None if given else x.data_ptr(),
         x.data_ptr() if given else None,
         x.stride(0),
         codes.data_ptr(),
         scales.data_ptr(),
-        w.data_ptr(),
-        w_scale.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        y.data_ptr(),
+        (ctypes.c_int64 * len(fields))(*fields),  # struct weight of cpu_rows.c: six numbers of eight bytes
+        len(weights),
         scratch.data_ptr(),
-        _panels(n, codes.shape[1]),
         m,
-        n,
         k,
-        codes.shape[1],
-        min(_threads(m * n * k // 64), scratch.shape[0]),
+        kp,
+        min(_threads(work // 64), scratch.shape[0]),
     )
 
 
@@ -192,7 +208,7 @@ def _function(name: str) -> Callable[..., None]:
         "depthwise": [*[pointer] * 8, number],
         "taps": [pointer, pointer, size, size],
         "windows": [*[pointer] * 3, number],
-        "linear": [pointer, pointer, size, *[pointer] * 7, size, size, size, size, size, number],
+        "linear": [pointer, pointer, size, *[pointer] * 3, size, pointer, size, size, size, number],
     }[name.split("_")[-2]]
     function.restype = None
     callable_: Callable[..., None] = function

@@ -40,57 +40,59 @@ def _power(bits):
 
 @triton.jit
 def _norm_kernel(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr, sum_ptr, value_ptr, codes_ptr, scale_ptr, N, eps, stride_xm, stride_rm,
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, sum_ptr, value_ptr, codes_ptr, scale_ptr, M, N, eps, stride_xm, stride_rm,
     LAYER: tl.constexpr, RESIDUAL: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, VALUES: tl.constexpr, CODES: tl.constexpr,
-    DTYPE: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr,
+    DTYPE: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
     n = tl.arange(0, BLOCK)
     inside = (n < N) | EVEN
     one = tl.full((1,), 1.0, tl.float32)
-    c = tl.load(x_ptr + row * stride_xm + n, mask=inside, other=0.0).to(tl.float32)
     if WEIGHT:
         weight = tl.load(weight_ptr + n, mask=inside, other=0.0).to(tl.float32)
     if BIAS:
         bias = tl.load(bias_ptr + n, mask=inside, other=0.0).to(tl.float32)
-    if RESIDUAL:
-        c = rounded_pairs(c + tl.load(residual_ptr + row * stride_rm + n, mask=inside, other=0.0).to(tl.float32), DTYPE)
-        tl.store(sum_ptr + row * N + n, c.to(sum_ptr.dtype.element_ty), mask=inside)
-    bits = _top_bits(c)
-    # a row that is not finite has garbage sums, and the factor NaN below
-    finite = bits < 0x7F800000
-    power = _power(tl.where(finite, bits, 0))
-    if LAYER:
-        # two numbers below 2^30 fit into int32
-        pairs = tl.sum(tl.reshape(_fixed(c * tl.div_rn(one * 0.5, power)), (BLOCK // 2, 2)), 1)
-        mean = _mean(tl.sum(pairs.to(tl.int64), 0), N)
-        c = c - (mean * 2.0) * power
-        c = c if EVEN else tl.where(inside, c, 0.0)
-        power = _power(_top_bits(c))
-    # 2^15 twice makes the square one of 2^30; powers of two round nothing
-    t = c * tl.div_rn(one * 16384.0, power)
-    # and four numbers of [0, 2^30] fit into uint32
-    fours = tl.reshape((t * t).to(tl.int32).to(tl.uint32, bitcast=True), (BLOCK // 4, 4))
-    total = tl.sum(tl.sum(fours, 1).to(tl.int64), 0)
-    variance = ((_mean(total, N) * 4.0) * power) * power
-    factor = tl.div_rn(one, tl.sqrt_rn(variance + eps))
-    y = c * tl.where(finite, factor, float("nan"))
-    if WEIGHT:
-        y = y * weight
-    if BIAS:
-        y = y + bias
-    y = rounded_pairs(y, DTYPE)
-    if VALUES:
-        tl.store(value_ptr + row * N + n, y.to(value_ptr.dtype.element_ty), mask=inside)
-    if CODES:
-        # past the end y is no number of the row
-        top = _top(y if EVEN else tl.where(inside, y, 0.0), 0)
-        scale, multiplier = scale_and_multiplier(_bits(top + tl.zeros((1,), tl.float32), DTYPE))
-        tl.store(scale_ptr + row + tl.arange(0, 1), scale)
-        if tl.max(multiplier, 0) != 0:
-            tl.store(codes_ptr + row * N + n, code_bits(y, multiplier, y, False).to(tl.int8), mask=inside)
-        else:
-            tl.store(codes_ptr + row * N + n, tl.zeros((BLOCK,), tl.int8), mask=inside)
+    # of many rows the next one is on its way
+    for at in tl.range(tl.program_id(0), M, tl.num_programs(0), num_stages=STAGES):
+        row = tl.cast(at, tl.int64)
+        c = tl.load(x_ptr + row * stride_xm + n, mask=inside, other=0.0).to(tl.float32)
+        if RESIDUAL:
+            c = rounded_pairs(c + tl.load(residual_ptr + row * stride_rm + n, mask=inside, other=0.0).to(tl.float32), DTYPE)
+            tl.store(sum_ptr + row * N + n, c.to(sum_ptr.dtype.element_ty), mask=inside)
+        bits = _top_bits(c)
+        # a row that is not finite has garbage sums, and the factor NaN below
+        finite = bits < 0x7F800000
+        power = _power(tl.where(finite, bits, 0))
+        if LAYER:
+            # two numbers below 2^30 fit into int32
+            pairs = tl.sum(tl.reshape(_fixed(c * tl.div_rn(one * 0.5, power)), (BLOCK // 2, 2)), 1)
+            mean = _mean(tl.sum(pairs.to(tl.int64), 0), N)
+            c = c - (mean * 2.0) * power
+            c = c if EVEN else tl.where(inside, c, 0.0)
+            power = _power(_top_bits(c))
+        # 2^15 twice makes the square one of 2^30; powers of two round nothing
+        t = c * tl.div_rn(one * 16384.0, power)
+        # and four numbers of [0, 2^30] fit into uint32
+        fours = tl.reshape((t * t).to(tl.int32).to(tl.uint32, bitcast=True), (BLOCK // 4, 4))
+        total = tl.sum(tl.sum(fours, 1).to(tl.int64), 0)
+        variance = ((_mean(total, N) * 4.0) * power) * power
+        factor = tl.div_rn(one, tl.sqrt_rn(variance + eps))
+        y = c * tl.where(finite, factor, float("nan"))
+        if WEIGHT:
+            y = y * weight
+        if BIAS:
+            y = y + bias
+        y = rounded_pairs(y, DTYPE)
+        if VALUES:
+            tl.store(value_ptr + row * N + n, y.to(value_ptr.dtype.element_ty), mask=inside)
+        if CODES:
+            # past the end y is no number of the row
+            top = _top(y if EVEN else tl.where(inside, y, 0.0), 0)
+            scale, multiplier = scale_and_multiplier(_bits(top + tl.zeros((1,), tl.float32), DTYPE))
+            tl.store(scale_ptr + row + tl.arange(0, 1), scale)
+            if tl.max(multiplier, 0) != 0:
+                tl.store(codes_ptr + row * N + n, code_bits(y, multiplier, y, False).to(tl.int8), mask=inside)
+            else:
+                tl.store(codes_ptr + row * N + n, tl.zeros((BLOCK,), tl.int8), mask=inside)
 
 
 _launch = Launch(_norm_kernel)
@@ -128,13 +130,13 @@ def norm(
            None if weight is None else w.dtype, None if bias is None else b.dtype,
            alignment(x, r, w, b))  # fmt: skip
     block = max(triton.next_power_of_2(n), 4)
-    constants = (kind == "layer", residual is not None, weight is not None, bias is not None, values, codes, _DTYPES[x.dtype], block,
-                 n == block)  # fmt: skip
-    # long rows on Hopper: with fewer registers some values spill, and more rows are on their way at once, which gains more (measured)
+    # long rows on Hopper: a program has several rows, and with few registers more of them are on their way at once (measured)
     long = block >= 4096 and device.type == "cuda" and major_of(device.index) == 9
-    options = {"maxnreg": 96 if kind == "layer" else 128} if long else {}
-    warps = block // 2048 if long and kind == "rms" else block // 1024
+    long = long and block * x.element_size() * (1 + (residual is not None)) <= 1 << 15  # of which shared memory holds two
+    programs = min(m, 8 * torch.cuda.get_device_properties(device).multi_processor_count) if long else m
+    constants = (kind == "layer", residual is not None, weight is not None, bias is not None, values, codes, _DTYPES[x.dtype], block,
+                 n == block, 3 if long else 1)  # fmt: skip
     with on(device):
-        _launch(key, (m, 1, 1), (x, r, w, b, total, y, q, s, n, float(eps), x.stride(0), r.stride(0)), constants,
-                num_warps=min(max(warps, 1), 16), enable_fp_fusion=False, **options)  # fmt: skip
+        _launch(key, (programs, 1, 1), (x, r, w, b, total, y, q, s, m, n, float(eps), x.stride(0), r.stride(0)), constants,
+                num_warps=min(max(block // 1024, 1), 16), enable_fp_fusion=False, **({"maxnreg": 128} if long else {}))  # fmt: skip
     return [total.to(dtype)] * (residual is not None) + [y.to(dtype)] * values + [q, s] * codes

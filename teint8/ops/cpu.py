@@ -2,7 +2,7 @@
 
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -128,9 +128,16 @@ def _linear_c(x: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None, dtype: tor
     return y
 
 
+def _many_on(isa: str) -> Callable[..., list[Tensor]]:
+    def run(x: Tensor, weights: Sequence[tuple[Tensor, Tensor, Any]], dtype: torch.dtype) -> list[Tensor]:
+        return _in_c(isa, x, None, weights, dtype)
+
+    return run
+
+
 def _linear_on(isa: str) -> Callable[..., Tensor]:
     def run(x: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-        return _in_c(isa, x, None, wq, ws, bias, dtype)
+        return _in_c(isa, x, None, [(wq, ws, bias)], dtype)[0]
 
     return run
 
@@ -138,29 +145,32 @@ def _linear_on(isa: str) -> Callable[..., Tensor]:
 def _mm_on(isa: str) -> Callable[..., Tensor]:
     def run(xq: Tensor, xs: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         if xq.ndim == 2:
-            return _in_c(isa, xq, xs.contiguous(), wq, ws, bias, dtype)
-        return _in_c(isa, xq[0], xs[0].contiguous(), wq[0], ws[0], None if bias is None else bias[0], dtype).unsqueeze(0)
+            return _in_c(isa, xq, xs.contiguous(), [(wq, ws, bias)], dtype)[0]
+        weight = wq[0], ws[0], None if bias is None else bias[0]
+        return _in_c(isa, xq[0], xs[0].contiguous(), [weight], dtype)[0].unsqueeze(0)
 
     return run
 
 
-def _in_c(isa: str, x: Tensor, xs: Tensor | None, wq: Tensor, ws: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """x as floats, or as codes with their scales."""
-    (m, k), n = x.shape, wq.shape[0]
+def _in_c(isa: str, x: Tensor, xs: Tensor | None, weights: Sequence[tuple[Tensor, Tensor, Any]], dtype: torch.dtype) -> list[Tensor]:
+    """x as floats, or as codes with their scales, by weights: codes, scale and bias of each."""
+    m, k = x.shape
     x = x if x.stride(1) == 1 else x.contiguous()
     kp, block = _up(k, 64), cpu_rows.BLOCK_ROWS[isa]
     chunk = min(m, max(_CODES // kp // block * block, 256 // block * block))
     codes, scales, scratch = _scratch.get(
         codes=(torch.int8, _up(chunk, block), kp),
         scales=(torch.float32, 1, chunk),
-        scratch=(torch.int8, torch.get_num_threads(), cpu_rows.scratch_bytes(n, kp)),
+        scratch=(torch.int8, torch.get_num_threads(), max(cpu_rows.scratch_bytes(w[0].shape[0], kp) for w in weights)),
     )
-    wq, ws, bias = wq.contiguous(), ws.contiguous(), _float32(bias)
-    y = _results.empty(m, n, dtype)
+    made = [
+        cpu_rows.Weight(wq.contiguous(), ws.contiguous(), _float32(bias), _results.empty(m, wq.shape[0], dtype))
+        for wq, ws, bias in weights
+    ]
     for i in range(0, m, chunk):
-        xi, yi = (x, y) if chunk == m else (x[i : i + chunk], y[i : i + chunk])
-        cpu_rows.linear(isa, xi, codes, scales if xs is None else xs[i : i + chunk], wq, ws, bias, yi, scratch)
-    return y
+        xi, part = (x, made) if chunk == m else (x[i : i + chunk], [w._replace(y=w.y[i : i + chunk]) for w in made])
+        cpu_rows.linear(isa, xi, codes, scales if xs is None else xs[i : i + chunk], part, scratch)
+    return [w.y for w in made]
 
 
 def _quantize_c(x: Tensor, seed: Tensor | None, scale: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -245,7 +255,7 @@ def _float_why_not(problem: Problem) -> str | None:
 def register_all() -> None:
     """Register the CPU's implementations."""
     for isa, priority, why_not in (("amx", 30, _amx_why_not), ("vnni", 25, _vnni_why_not), ("avx2", 22, _avx2_why_not)):
-        register("linear", f"cpu-{isa}", _linear_on(isa), device="cpu", priority=priority, why_not=why_not)
+        register("linear", f"cpu-{isa}", _linear_on(isa), device="cpu", priority=priority, why_not=why_not, many=_many_on(isa))
         register("int8_mm", f"cpu-{isa}", _mm_on(isa), device="cpu", priority=priority, why_not=why_not, flat=True)
     register("linear", "cpu-onednn-c", _linear_c, device="cpu", priority=20, why_not=_mm_c_why_not)
     register("quantize", "cpu-c", _quantize_c, device="cpu", priority=20, why_not=_quantize_c_why_not)

@@ -111,6 +111,7 @@ class Implementation:
         adds: for int8_mm, whether it takes a residual.
         pairs: for quantize and quantize_both, whether it takes a pair.
         hats: for activation, whether a value's scales spare it the reading of codes.
+        many: for linear, the same for several weights: ``many(x, [(w_codes, w_scale, bias), ...], dtype) -> [(M, N), ...]``.
         describe: given a Problem, the configuration that it runs it with; None where it has one for all.
 
     Examples:
@@ -129,6 +130,7 @@ class Implementation:
     adds: bool = False
     pairs: bool = False
     hats: bool = False
+    many: Callable[..., list[Any]] | None = None
     describe: Callable[[Problem], str] | None = None
 
 
@@ -149,6 +151,7 @@ def register(
     adds: bool = False,
     pairs: bool = False,
     hats: bool = False,
+    many: Callable[..., list[Any]] | None = None,
     describe: Callable[[Problem], str] | None = None,
 ) -> Implementation:
     """Add an implementation of an op; one of the same op and name is replaced.
@@ -166,6 +169,7 @@ def register(
         adds: for int8_mm, whether it takes a residual and adds it to the result.
         pairs: for quantize and quantize_both, whether it takes ``pair``, a second tensor like x.
         hats: for activation, whether with ``scale`` it makes the value of the codes without them, for bfloat16 and float16.
+        many: for linear, a function that quantizes once for several weights, if there is one.
         describe: tells which of its configurations runs a problem, for the receipt.
 
     Returns:
@@ -187,7 +191,7 @@ def register(
         raise ValueError(f"register: op is {op!r}; it must be one of {', '.join(map(repr, OPS))}")
     if not callable(run):
         raise TypeError(f"register: run is {run!r}; a function is needed")
-    added = Implementation(op, name, run, device, priority, why_not, flat, adds, pairs, hats, describe)
+    added = Implementation(op, name, run, device, priority, why_not, flat, adds, pairs, hats, many, describe)
     others = [i for i in _implementations[op] if i.name != name]
     _implementations[op] = sorted([*others, added], key=lambda i: -i.priority)
     choose_anew()

@@ -1,0 +1,125 @@
+"""A pass over graphs that Inductor is about to compile: on a CPU what is quantized and multiplied becomes one call.
+
+A call of an op of Python's costs a CPU as much as a small matmul does, and codes that stay inside of one kernel are not written. (On a
+GPU Inductor fuses the quantization into what comes before it, which saves more.) A GELU between two matmuls, with nothing to fuse with,
+is torch's own kernel again, which takes half as long as what Inductor writes for a CPU, and has the bits of eager mode.
+"""
+
+import math
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from teint8.ops import raw_linears  # noqa: F401  defines the op
+from teint8.ops.raw import NAMES
+
+
+def merge_linears(graph: fx.Graph) -> None:
+    """Replace a quantization by row on a CPU, if nothing but INT8 matmuls takes the codes, and these by one ``teint8::linears``."""
+    for node in graph.find_nodes(op="call_function", target=torch.ops.teint8.quantize.default):
+        matmuls = _matmuls(node)
+        if matmuls:
+            _merge(graph, node, matmuls)
+    graph.lint()
+
+
+def _matmuls(node: fx.Node) -> list[fx.Node]:
+    """The matmuls that take the codes of a quantization, or none if something else takes them, or it is not one by row on a CPU."""
+    x, *how = node.args
+    value: Any = x.meta.get("val")  # type: ignore[union-attr]
+    if how != [None, None, 1, ""] or node.kwargs or value is None or value.device.type != "cpu" or value.ndim != 2:
+        return []
+    parts = {user.args[1]: user for user in node.users if user.target is operator.getitem}
+    if len(parts) != len(node.users) or set(parts) != {0, 1}:
+        return []
+    codes, scale = parts[0], parts[1]
+    matmuls = list(codes.users)
+    for call in matmuls:
+        right = call.target is torch.ops.teint8.int8_mm.default and call.args[:2] == (codes, scale) and not call.kwargs
+        if not right or call.args[5:] != (NAMES[value.dtype], "") or call.args[2].meta["val"].ndim != 2:  # type: ignore[union-attr]
+            return []
+    return matmuls if set(scale.users) == set(matmuls) else []
+
+
+def _merge(graph: fx.Graph, node: fx.Node, matmuls: list[fx.Node]) -> None:
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    matmuls = sorted(matmuls, key=order.__getitem__)
+    first = matmuls[0]
+    merged = [first]
+    for call in matmuls[1:]:  # what it takes has to be there when the first is called, or can be moved there
+        late = _late(call, order, order[first], set(matmuls))
+        if late is None:
+            continue
+        for n in sorted(late, key=order.__getitem__):
+            first.prepend(n)
+        merged.append(call)
+    if len(merged) < len(matmuls):  # the codes are needed anyway
+        return
+    x: Any = node.args[0]
+    before = _before_gelu(x)
+    w_codes, w_scales, biases = ([call.args[i] for call in merged] for i in (2, 3, 4))
+    with graph.inserting_before(first):
+        if before and before.meta["val"].ndim != 2:
+            before = graph.call_function(_VIEW, (before, x.args[1]))
+            before.meta = dict(x.meta)
+        call = graph.call_function(torch.ops.teint8.linears.default, (before or x, w_codes, w_scales, biases, "gelu" if before else ""))
+        call.meta = {"val": [m.meta["val"] for m in merged]}
+        for i, matmul in enumerate(merged):
+            result = graph.call_function(operator.getitem, (call, i))
+            result.meta = dict(matmul.meta)
+            matmul.replace_all_uses_with(result)
+    for n in (*merged, *list(node.users), node):
+        graph.erase_node(n)
+
+
+def _late(call: fx.Node, order: dict[fx.Node, int], first: int, matmuls: set[fx.Node]) -> set[fx.Node] | None:
+    """What ``call`` takes that comes after the first of the matmuls; None if that takes what one of them makes, or writes to memory."""
+    found: set[fx.Node] = set()
+    waiting = [n for n in call.all_input_nodes if order[n] > first]
+    while waiting:
+        n = waiting.pop()
+        if n in matmuls or n.op != "call_function" or getattr(getattr(n.target, "_schema", None), "is_mutable", True):
+            return None
+        found.add(n)
+        waiting += [i for i in n.all_input_nodes if order[i] > first and i not in found]
+    return found
+
+
+_VIEW, _CAST = torch.ops.aten.reshape.default, torch.ops.prims.convert_element_type.default
+_X = object()
+# gelu(x) as torch decomposes it: functions and what they take
+_GELU = (
+    torch.ops.aten.mul.Tensor,
+    (torch.ops.aten.mul.Tensor, _X, 0.5),
+    (torch.ops.aten.add.Tensor, (torch.ops.aten.erf.default, (torch.ops.aten.mul.Tensor, _X, math.sqrt(0.5))), 1),
+)
+
+
+def _before_gelu(y: fx.Node) -> fx.Node | None:
+    """x, where y has the values of gelu(x) and x comes out of a matmul of ours, and nobody else takes what is between; else None."""
+    found: list[fx.Node] = []
+    if not _match(_past(_past(y, _VIEW), _CAST), _GELU, found) or len(found[0].users) != 2:
+        return None
+    x = _past(found[0], _CAST)
+    source = _past(x, _VIEW)
+    ours = source.target is operator.getitem and source.args[0].target is torch.ops.teint8.linears.default  # type: ignore[union-attr]
+    return x if ours and len(x.users) == (2 if x is found[0] else 1) and x.meta["val"].dtype == y.meta["val"].dtype else None
+
+
+def _past(node: fx.Node, target: Any) -> fx.Node:
+    """What a node takes, if it is a call of ``target``; else the node."""
+    return node.args[0] if node.target is target else node  # type: ignore[return-value]
+
+
+def _match(node: Any, pattern: Any, found: list[fx.Node]) -> bool:
+    """Whether a node is what a pattern says, for one user alone; what stands for _X is found, and always the same."""
+    if pattern is _X:
+        found.append(node)
+        return node is found[0]
+    if not isinstance(pattern, tuple):
+        return bool(node == pattern)
+    target, *args = pattern
+    fits = isinstance(node, fx.Node) and node.target is target and not node.kwargs and len(node.users) == 1
+    return fits and len(node.args) == len(args) and all(_match(n, p, found) for n, p in zip(node.args, args, strict=True))

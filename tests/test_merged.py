@@ -1,0 +1,140 @@
+"""What the backend merges on a CPU: quantization and matmuls in one call, torch's own GELU between two of them; the same bits."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from contract import different
+from torch import Tensor, nn
+from torch._inductor.utils import run_and_get_code
+
+from teint8 import Policy, te_int8_autocast
+from teint8.compile import backend
+from teint8.ops.raw import int8_mm, quantize
+from teint8.ops.raw_linears import linears
+
+
+class Layer(nn.Module):
+    """Three linears of one input, one without a bias, and two with a GELU between them."""
+
+    def __init__(self, width: int = 40, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(width, width), nn.Linear(width, width, bias=False), nn.Linear(width, 24)
+        self.up, self.down = nn.Linear(width, 72), nn.Linear(72, width)
+        self.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h: Tensor = self.q(x) + self.k(x) * self.v(x).amax(-1, keepdim=True)
+        return self.down(nn.functional.gelu(self.up(h)))  # type: ignore[no-any-return]
+
+
+def compiled_and_eager(model: nn.Module, x: Tensor, **options: Any) -> tuple[Tensor, Tensor, str]:
+    """Both results, and the code that Inductor wrote."""
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend, fullgraph=True, options={"fx_graph_cache": False, **options})
+    with torch.no_grad():
+        y, code = run_and_get_code(compiled, x)
+        with te_int8_autocast(training=False, policy=options.get("policy")):
+            return y, model(x), "\n".join(code)
+
+
+def calls(code: str, op: str) -> int:
+    return len(re.findall(rf"torch\.ops\.teint8\.{op}\.default\(", code))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("rows", [3, 33])
+def test_one_call_for_what_shares_an_input(rows: int, dtype: torch.dtype) -> None:
+    x = torch.randn(2, rows, 40, dtype=dtype)
+    x[0, 1], x[1, 2, 3] = 0, float("nan")
+    y, want, code = compiled_and_eager(Layer(dtype=dtype), x)
+    assert different(y, want) == 0 and want.isfinite().any()
+    assert (calls(code, "linears"), calls(code, "quantize"), calls(code, "int8_mm")) == (3, 0, 0)
+    assert code.count("'gelu')") == 1 and ".erf(" not in code
+
+
+@pytest.mark.parametrize("many", [True, False])
+def test_the_op_has_the_bits_of_its_parts(many: bool) -> None:
+    for m, n, k in ((1, 5, 7), (9, 33, 64), (70, 40, 1), (300, 96, 130), (0, 4, 8), (5, 0, 8), (3, 4, 0)):
+        x = torch.randn(m, k)
+        x[:1] = 0
+        weights = [quantize(torch.randn(n + i, k)) for i in range(3 if many else 1)]
+        biases = [None if i == 1 else torch.randn(n + i) for i in range(len(weights))]
+        for activation in ("", "gelu"):
+            ys = linears(x, [w for w, _ in weights], [s for _, s in weights], biases, activation)
+            codes, scale = quantize(nn.functional.gelu(x) if activation else x)
+            for y, (wq, ws), bias in zip(ys, weights, biases, strict=True):
+                assert different(y, int8_mm(codes, scale, wq, ws, bias, torch.float32)) == 0, (m, n, k, activation)
+
+
+def test_large_weights_over_many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from teint8.ops import cpu
+
+    monkeypatch.setattr(cpu, "_CODES", 1 << 14)
+    x = torch.randn(700, 130)
+    weights = [quantize(torch.randn(n, 130)) for n in (70, 300)]
+    ys = linears(x, [w for w, _ in weights], [s for _, s in weights], [None, torch.ones(300)])
+    codes, scale = quantize(x, impl="reference")
+    for y, (wq, ws), bias in zip(ys, weights, (None, torch.ones(300)), strict=True):
+        assert different(y, int8_mm(codes, scale, wq, ws, bias, torch.float32, "reference")) == 0
+
+
+class Late(nn.Module):
+    """The second weight is made after the first matmul, and then of what that makes."""
+
+    def __init__(self, depends: bool) -> None:
+        super().__init__()
+        self.first, self.second, self.depends = nn.Linear(32, 32), nn.Linear(32, 32), depends
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        weight = self.second.weight * (y.amax() if self.depends else 2)
+        return y + nn.functional.linear(x, weight, self.second.bias)
+
+
+@pytest.mark.parametrize("depends", [False, True])
+def test_what_a_matmul_takes_is_there_before_it(depends: bool) -> None:
+    y, want, code = compiled_and_eager(Late(depends), torch.randn(20, 32), policy=Policy.qat())
+    assert different(y, want) == 0
+    assert calls(code, "int8_mm") == (2 if depends else 0)
+
+
+def test_codes_that_are_wanted_stay() -> None:
+    """A gradient keeps the codes of the forward: nothing is merged, and the gradients are those of eager mode."""
+    model, x = Layer(), torch.randn(20, 40)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend, options={"policy": Policy.training()})
+    compiled(x).square().sum().backward()
+    got = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    with te_int8_autocast(policy=Policy.training()):
+        model(x).square().sum().backward()
+    for g, p in zip(got, model.parameters(), strict=True):
+        assert g is not None and p.grad is not None and g.abs().sum() > 0
+        assert torch.allclose(g, p.grad, rtol=1e-4, atol=1e-4 * float(p.grad.abs().max()))
+
+
+def test_a_gelu_that_others_want_is_left_to_inductor() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = nn.functional.gelu(self.up(x))
+            return h + self.down(h)  # type: ignore[no-any-return]
+
+    y, want, code = compiled_and_eager(Two(), torch.randn(20, 32))
+    assert "'gelu')" not in code and ".erf(" in code
+    assert float((y - want).norm() / want.norm()) < 0.02
+
+
+def test_a_pass_of_the_callers_runs_too() -> None:
+    seen: list[int] = []
+
+    def mine(graph: torch.fx.Graph) -> None:
+        seen.append(len(graph.find_nodes(op="call_function", target=torch.ops.teint8.linears.default)))
+
+    y, want, _ = compiled_and_eager(Layer(), torch.randn(20, 40), post_grad_custom_post_pass=mine)
+    assert seen == [3] and different(y, want) == 0
