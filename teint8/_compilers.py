@@ -20,7 +20,8 @@ def inductor(gm: Any, inputs: Any, mode: str | None, options: dict[str, Any], pa
     """Compile a graph by Inductor with a mode of torch.compile's and options of Inductor's. Seen on torch 2.11 and 2.13.
 
     Values are rounded to their dtype where eager mode rounds them, unless the options say otherwise: what is quantized is the same.
-    ``passes`` edits the graph last, before the caller's own ``post_grad_custom_post_pass``.
+    ``passes`` edits the graph before the caller's own ``post_grad_custom_post_pass`` does; it is left out where torch takes one pass
+    alone (2.11) and the caller has one.
     """
     from torch._inductor import config, list_mode_options
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
@@ -36,29 +37,36 @@ def inductor(gm: Any, inputs: Any, mode: str | None, options: dict[str, Any], pa
         **(list_mode_options(mode) if mode else {}),
         **{name.replace("-", "_"): value for name, value in options.items()},
     }
-    if not patches.get("cpp_wrapper", config.cpp_wrapper):  # which knows no op that takes a list of tensors
-        theirs = patches.get("post_grad_custom_post_pass", config.post_grad_custom_post_pass)
-        patches["post_grad_custom_post_pass"] = _graph_pass(passes, theirs)
+    theirs = patches.get("post_grad_custom_post_pass", config.post_grad_custom_post_pass)
+    together = _passes(passes, theirs)
+    # the C++ wrapper knows no op that takes a list of tensors
+    if together is not None and not patches.get("cpp_wrapper", config.cpp_wrapper):
+        patches["post_grad_custom_post_pass"] = together
     return compile_fx(gm, inputs, inner_compile=inner, config_patches=patches)
 
 
-def _graph_pass(passes: Callable[[fx.Graph], None], theirs: Any) -> Any:
-    """A pass of ours, and theirs after it, if there is one, as Inductor's cache of graphs knows them."""
-    from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+def _passes(ours: Callable[[fx.Graph], None], theirs: Any) -> Any:
+    """A pass of ours, as Inductor's cache of graphs knows it, and theirs after it; None where torch takes but one, which is theirs."""
+    from torch._inductor import custom_graph_pass
 
-    class Pass(CustomGraphPass):
+    class Pass(custom_graph_pass.CustomGraphPass):
         def __call__(self, graph: fx.Graph) -> None:
-            passes(graph)
-            if theirs is not None:
-                theirs(graph)
+            ours(graph)
 
         def uuid(self) -> Any:
-            ours = get_hash_for_files((inspect.getfile(passes),))
-            if theirs is None:
-                return ours
-            return (ours, theirs.uuid()) if isinstance(theirs, CustomGraphPass) else None  # None: nothing is cached
+            return custom_graph_pass.get_hash_for_files((inspect.getfile(ours),))
 
-    return Pass()
+    if theirs is None:
+        return Pass()
+    several = getattr(custom_graph_pass, "get_custom_graph_passes", None)
+    return None if several is None else [Pass(), *several(theirs)]
+
+
+def sort(graph: fx.Graph) -> None:
+    """Put what a node takes before it, which passes of Inductor's leave to its end. Seen on torch 2.11 and 2.13."""
+    from torch._inductor.pattern_matcher import stable_topological_sort
+
+    stable_topological_sort(graph)
 
 
 def without_wrapper(compiled: Any) -> Any:

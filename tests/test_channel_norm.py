@@ -21,8 +21,16 @@ POLICY = Policy([Rule(ops=("conv", "norm"))])
 
 
 def _cases():
-    of_groups = [((2, 4, 3), 2), ((1, 6, 35), 3), ((3, 8, 1), 1), ((2, 5, 70), 5), ((2, 130, 9), 130)]
-    shapes = [*of_groups, ((1, 12, 17), None), ((2, 70, 20), None)]
+    of_groups = [
+        ((2, 4, 3), 2),
+        ((1, 6, 35), 3),
+        ((3, 8, 1), 1),
+        ((2, 5, 70), 5),
+        ((2, 130, 9), 130),
+        ((1, 8, 1500), 2),
+        ((1, 20, 1100), 20),
+    ]
+    shapes = [*of_groups, ((1, 12, 17), None), ((2, 70, 20), None), ((1, 64, 700), None)]
     dtypes = (torch.bfloat16, torch.float32, torch.float16, torch.float64)
     flavours = ("normal", "shifted", "zeros", "nan", "inf", "huge", "tiny", "constant")
     layouts = ("dense", "channels last", "strided")

@@ -46,6 +46,21 @@ def test_kernel_has_the_bits_of_the_reference(shape, dtype, kind, flags, flavour
 
 
 @pytest.mark.parametrize("kind", norms.KINDS)
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("shape,dtype", [((2500, 4096), torch.bfloat16), ((1100, 5000), torch.float16), ((1100, 4096), torch.float32)])
+def test_several_rows_a_program(shape, dtype, residual, kind) -> None:
+    if not CUDA:
+        pytest.skip("of a GPU alone")
+    x, r = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype) if residual else None
+    x[1::7, 3], x[2::5] = float("nan"), 0
+    w, b = (torch.randn(shape[1]).to(dtype) for _ in range(2))
+    run, reference = (next(i.run for i in ops.implementations("norm") if i.name == name) for name in (TRITON, "reference"))
+    got = run(*(None if t is None else t.to(DEVICE) for t in (x, r, w, b)), kind, 1e-5, True, True)
+    want = reference(x, r, w, b, kind, 1e-5, True, True)
+    assert [different(g.cpu(), t) for g, t in zip(got, want, strict=True)] == [0] * len(want)
+
+
+@pytest.mark.parametrize("kind", norms.KINDS)
 @pytest.mark.parametrize("scale,shift", [(1.0, 0.0), (1e-3, 1.0), (1e15, 0.0), (1e-12, 0.0)])
 def test_values_are_those_of_float64(kind, scale, shift, device) -> None:
     x = (torch.randn(50, 777, device=device, dtype=torch.float64) * scale + shift).float()

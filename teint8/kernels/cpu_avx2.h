@@ -1,8 +1,8 @@
 /* The matmul where the CPU has AVX2 and nothing newer: codes become 16-bit numbers, of which one instruction multiplies 16 and adds pairs.
  * A pair of products is at most 2 * 127 * 127, so that int32 holds what int32 must. Rows are multiplied with rows as they lie. */
-static inline void avx2_place(const int8_t *rows, int64_t ldr, int64_t count, int8_t *codes, int64_t kp)
+static inline void avx2_place(const int8_t *rows, int64_t ldr, int64_t count, int8_t *codes, int64_t first, int64_t kp)
 {
-    for (int64_t i = 0; i < count; i++) memcpy(codes + i * kp, rows + i * ldr, kp);
+    for (int64_t i = 0; i < count; i++) memcpy(codes + (first + i) * kp, rows + i * ldr, kp);
 }
 static inline void avx2_begin(void) {}
 static inline void avx2_end(void) {}

@@ -8,7 +8,6 @@
 
 typedef uint16_t bf16;
 typedef _Float16 f16;
-
 static inline uint32_t bits_of(float v) { uint32_t b; memcpy(&b, &v, 4); return b; }
 static inline float float_of(uint32_t b) { float v; memcpy(&v, &b, 4); return v; }
 
@@ -182,7 +181,7 @@ struct weight { const int8_t *w; const float *scale, *bias; void *y; int64_t n, 
 /* For each weight y from x (m, k), or where x is NULL from codes of it (row stride ldx) and their scales. Else scales (m) are written.
  * codes (m rounded up to a block's rows, kp) is scratch, and so is each thread's: 32 * kp bytes, and the most PANEL(kp) * held.
  *
- * Rows of codes are put in the order that the instructions want 16 at a time. A job's panels are packed first and stay in the L2 cache,
+ * Rows of codes are put in the order that the instructions want, 16 at a time or fewer. A job's panels are packed first and stay in the L2 cache,
  * with the codes of some rows: all of them are multiplied by those before the next rows, so that neighbouring parts of a row of y are
  * written one after the other. */
 #define BAND 16
@@ -224,14 +223,15 @@ struct weight { const int8_t *w; const float *scale, *bias; void *y; int64_t n, 
                           const struct weight *weights, int64_t count, int8_t *scratch, int64_t m, int64_t k, int64_t kp,       \
                           int threads)                                                                                          \
     {                                                                                                                           \
-        int64_t held = 0;                                                                                                       \
+        int64_t held = 0, band = BAND;                                                                                          \
+        while (band > 1 && m < band * threads) band /= 2; /* some for each thread */                                            \
         for (int64_t i = 0; i < count; i++) held = weights[i].held > held ? weights[i].held : held;                             \
         _Pragma("omp parallel num_threads(threads)")                                                                            \
         {                                                                                                                       \
             int8_t *stage = scratch + omp_get_thread_num() * (32 * kp + held * PANEL(kp));                                      \
             _Pragma("omp for schedule(static)")                                                                                 \
-            for (int64_t i = 0; i < m; i += BAND) {                                                                             \
-                const int64_t rows = m - i < BAND ? m - i : BAND;                                                               \
+            for (int64_t i = 0; i < m; i += band) {                                                                             \
+                const int64_t rows = m - i < band ? m - i : band;                                                               \
                 const int whole = !x && k == kp; /* nothing to fill up: they are taken from where they lie */                   \
                 for (int64_t r = 0; r < rows && !whole; r++)                                                                    \
                     if (x) scales[i + r] = quantize_row_##T(x + (i + r) * ldx, stage + r * kp, k, kp, 0, 0, 0);                 \
@@ -239,7 +239,7 @@ struct weight { const int8_t *w; const float *scale, *bias; void *y; int64_t n, 
                         memcpy(stage + r * kp, given + (i + r) * ldx, k);                                                       \
                         memset(stage + r * kp + k, 0, kp - k);                                                                  \
                     }                                                                                                           \
-                ISA##_place(whole ? given + i * ldx : stage, whole ? ldx : kp, rows, codes + i * kp, kp);                       \
+                ISA##_place(whole ? given + i * ldx : stage, whole ? ldx : kp, rows, codes, i, kp);                             \
             }                                                                                                                   \
             ISA##_begin();                                                                                                      \
             for (int64_t i = 0; i < count; i++) ISA##_jobs_##T(weights + i, codes, scales, stage, m, k, kp, threads);           \
@@ -254,15 +254,14 @@ struct weight { const int8_t *w; const float *scale, *bias; void *y; int64_t n, 
 #ifdef __AVX512VNNI__
 /* dpbusd multiplies unsigned by signed bytes: codes of x are stored as code + 128, and each channel's sum starts at -128 times the sum
  * of its weights, which is kept behind the panels. */
-static inline void vnni_place(const int8_t *rows, int64_t ldr, int64_t count, int8_t *codes, int64_t kp)
+static inline void vnni_place(const int8_t *rows, int64_t ldr, int64_t count, int8_t *codes, int64_t first, int64_t kp)
 {
     for (int64_t i = 0; i < count; i++)
-        for (int64_t j = 0; j < kp; j++) codes[i * kp + j] = rows[i * ldr + j] ^ (int8_t)0x80;
+        for (int64_t j = 0; j < kp; j++) codes[(first + i) * kp + j] = rows[i * ldr + j] ^ (int8_t)0x80;
 }
 
 static inline void vnni_begin(void) {}
 static inline void vnni_end(void) {}
-
 static inline void vnni_pack(const int8_t *w, int64_t c, int64_t n, int64_t k, int8_t *panels, int8_t *stage, int64_t kp)
 {
     pack(w, c, n, k, panels, stage, kp);
@@ -306,10 +305,11 @@ LINEAR(vnni, VNNI_ROWS, f16)
 int amx_enable(void) { return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0; }
 
 /* Tile by tile: 16 rows of 64 codes are 1024 bytes, so that a tile is read in order and its rows never share a set of the cache. */
-static inline void amx_place(const int8_t *rows, int64_t ldr, int64_t count, int8_t *codes, int64_t kp)
+static inline void amx_place(const int8_t *rows, int64_t ldr, int64_t count, int8_t *codes, int64_t first, int64_t kp)
 {
+    int8_t *tiles = codes + first / BAND * BAND * kp + first % BAND * 64;
     for (int64_t j = 0; j < kp; j += 64)
-        for (int64_t i = 0; i < count; i++) memcpy(codes + j * BAND + i * 64, rows + i * ldr + j, 64);
+        for (int64_t i = 0; i < count; i++) memcpy(tiles + j * BAND + i * 64, rows + i * ldr + j, 64);
 }
 
 struct tiles { uint8_t palette, start, reserved[14]; uint16_t bytes[16]; uint8_t rows[16]; };
@@ -322,7 +322,6 @@ static inline void amx_begin(void)
 }
 
 static inline void amx_end(void) { _tile_release(); }
-
 #define amx_pack pack
 
 /* Four tiles of sums: 32 rows of codes, in tiles, by 32 channels (two panels). */

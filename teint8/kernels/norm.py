@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from teint8.kernels import hopper
 from teint8.kernels.activation import INTERPRETING, rounded_pairs
 from teint8.kernels.int8_mm import major_of
 from teint8.kernels.launch import Launch, alignment, on
@@ -51,8 +52,9 @@ def _norm_kernel(
         weight = tl.load(weight_ptr + n, mask=inside, other=0.0).to(tl.float32)
     if BIAS:
         bias = tl.load(bias_ptr + n, mask=inside, other=0.0).to(tl.float32)
-    # of many rows the next one is on its way
-    for at in tl.range(tl.program_id(0), M, tl.num_programs(0), num_stages=STAGES):
+    # of many rows the next one is on its way; one alone counts nothing beyond int32
+    pid = tl.program_id(0)
+    for at in tl.range(pid, pid + 1 if STAGES == 1 else M, 1 if STAGES == 1 else tl.num_programs(0), num_stages=STAGES):
         row = tl.cast(at, tl.int64)
         c = tl.load(x_ptr + row * stride_xm + n, mask=inside, other=0.0).to(tl.float32)
         if RESIDUAL:
@@ -133,7 +135,7 @@ def norm(
     # long rows on Hopper: a program has several rows, and with few registers more of them are on their way at once (measured)
     long = block >= 4096 and device.type == "cuda" and major_of(device.index) == 9
     long = long and block * x.element_size() * (1 + (residual is not None)) <= 1 << 15  # of which shared memory holds two
-    programs = min(m, 8 * torch.cuda.get_device_properties(device).multi_processor_count) if long else m
+    programs = min(m, 8 * hopper.programs(x.device.index)) if long else m
     constants = (kind == "layer", residual is not None, weight is not None, bias is not None, values, codes, _DTYPES[x.dtype], block,
                  n == block, 3 if long else 1)  # fmt: skip
     with on(device):

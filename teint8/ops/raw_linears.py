@@ -32,14 +32,20 @@ def linears(
     Returns:
         (M, N) for each weight.
 
+    Raises:
+        ValueError: shapes that do not fit, or another activation.
+
     Examples:
         >>> codes, scale = quantize(torch.tensor([[1.0, 2.0]]))
         >>> linears(torch.tensor([[1.0, 2.0]]), [codes], [scale], [None])
         [tensor([[5.0158]])]
 
     """
+    _check(x, w_codes)
     if activation == "gelu" and x.numel() > 0:
         x = torch.ops.aten.gelu.out(x.detach(), out=cpu.results(x.shape[0], x.shape[1], x.dtype))  # fresh memory would take as long
+    elif activation not in ("", "gelu"):
+        raise ValueError(f"linears: activation is {activation!r}; 'gelu' or '' is needed")
     weights = list(zip(w_codes, w_scales, biases, strict=True))
     (m, k), sizes = x.shape, [w.shape[0] for w in w_codes]
     if 0 not in (m, k, *sizes):
@@ -52,9 +58,17 @@ def linears(
     return [int8_mm(codes, scale, w, s, b, x.dtype) for w, s, b in weights]
 
 
+def _check(x: Tensor, w_codes: Sequence[Tensor]) -> None:
+    """Raise for shapes that do not fit: the kernel in C would read past a weight."""
+    if x.ndim != 2 or any(w.ndim != 2 or w.shape[1] != x.shape[1] for w in w_codes):
+        shapes = [tuple(w.shape) for w in w_codes]
+        raise ValueError(f"linears: x has shape {tuple(x.shape)} but the weights {shapes}; x (M, K) needs weights (N, K)")
+
+
 _library.impl("linears", linears, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("teint8::linears", lib=_library)  # type: ignore[untyped-decorator]
 def _linears_fake(x: Tensor, w_codes: Any, w_scales: Any, biases: Any, activation: str) -> list[Tensor]:
+    _check(x, w_codes)
     return [x.new_empty(x.shape[0], w.shape[0]) for w in w_codes]

@@ -13,6 +13,7 @@ Ops and what their implementations are called with (always these shapes; broadca
               can be.
 ``linear``    ``run(x (M, K) float, w_codes (N, K), w_scale (N,), bias (N,) | None, dtype) -> (M, N)``
               optional: both in one, for inference, where a device has something better than one after the other.
+              ``many(x, [(w_codes, w_scale, bias), ...], dtype) -> [(M, N), ...]``: the same for several weights, quantized once.
 ``quantize_both``  ``run(x (..., M, K) float, seed int64 (B,) | None) -> codes, scale, tcodes (..., K, M), tscale (..., K)``
               as ``quantize`` of x's rows, and of its transpose's, which are rounded with seed ^ 1.
 ``activation``  ``run(g (M, N) or (B, M, N), u | None, d | None, kind, rows, columns, values, value_columns,

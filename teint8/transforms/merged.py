@@ -2,7 +2,7 @@
 
 A call of an op of Python's costs a CPU as much as a small matmul does, and codes that stay inside of one kernel are not written. (On a
 GPU Inductor fuses the quantization into what comes before it, which saves more.) A GELU between two matmuls, with nothing to fuse with,
-is torch's own kernel again, which takes half as long as what Inductor writes for a CPU, and has the bits of eager mode.
+is torch's own kernel again, which takes half as long as what Inductor writes for a CPU, and has the bits of eager mode's ``F.gelu``.
 """
 
 import math
@@ -12,16 +12,19 @@ from typing import Any
 import torch
 from torch import fx
 
+from teint8 import _compilers
 from teint8.ops import raw_linears  # noqa: F401  defines the op
 from teint8.ops.raw import NAMES
 
 
 def merge_linears(graph: fx.Graph) -> None:
     """Replace a quantization by row on a CPU, if nothing but INT8 matmuls takes the codes, and these by one ``teint8::linears``."""
-    for node in graph.find_nodes(op="call_function", target=torch.ops.teint8.quantize.default):
-        matmuls = _matmuls(node)
-        if matmuls:
-            _merge(graph, node, matmuls)
+    nodes = [n for n in graph.find_nodes(op="call_function", target=torch.ops.teint8.quantize.default) if _matmuls(n)]
+    if not nodes:
+        return
+    _compilers.sort(graph)
+    for node in sorted(nodes, key={n: i for i, n in enumerate(graph.nodes)}.__getitem__):  # a GELU is found behind a merged call
+        _merge(graph, node, _matmuls(node))
     graph.lint()
 
 
@@ -40,6 +43,8 @@ def _matmuls(node: fx.Node) -> list[fx.Node]:
         right = call.target is torch.ops.teint8.int8_mm.default and call.args[:2] == (codes, scale) and not call.kwargs
         if not right or call.args[5:] != (NAMES[value.dtype], "") or call.args[2].meta["val"].ndim != 2:  # type: ignore[union-attr]
             return []
+        if codes in call.args[2:] or scale in call.args[2:]:  # they are the weight, too
+            return []
     return matmuls if set(scale.users) == set(matmuls) else []
 
 
@@ -47,37 +52,33 @@ def _merge(graph: fx.Graph, node: fx.Node, matmuls: list[fx.Node]) -> None:
     order = {n: i for i, n in enumerate(graph.nodes)}
     matmuls = sorted(matmuls, key=order.__getitem__)
     first = matmuls[0]
-    merged = [first]
-    for call in matmuls[1:]:  # what it takes has to be there when the first is called, or can be moved there
-        late = _late(call, order, order[first], set(matmuls))
-        if late is None:
-            continue
-        for n in sorted(late, key=order.__getitem__):
-            first.prepend(n)
-        merged.append(call)
-    if len(merged) < len(matmuls):  # the codes are needed anyway
+    late = _late(matmuls, order)
+    if late is None:
         return
+    for n in sorted(late, key=order.__getitem__):  # what the others take has to be there when the first is called
+        first.prepend(n)
+    w_codes, w_scales, biases = ([call.args[i] for call in matmuls] for i in (2, 3, 4))
     x: Any = node.args[0]
     before = _before_gelu(x)
-    w_codes, w_scales, biases = ([call.args[i] for call in merged] for i in (2, 3, 4))
     with graph.inserting_before(first):
-        if before and before.meta["val"].ndim != 2:
+        if before and x.target is _VIEW:
             before = graph.call_function(_VIEW, (before, x.args[1]))
             before.meta = dict(x.meta)
-        call = graph.call_function(torch.ops.teint8.linears.default, (before or x, w_codes, w_scales, biases, "gelu" if before else ""))
-        call.meta = {"val": [m.meta["val"] for m in merged]}
-        for i, matmul in enumerate(merged):
+        inputs = (before or x, w_codes, w_scales, biases, "gelu" if before else "")
+        call = graph.call_function(torch.ops.teint8.linears.default, inputs)
+        call.meta = {"val": [m.meta["val"] for m in matmuls]}
+        for i, matmul in enumerate(matmuls):
             result = graph.call_function(operator.getitem, (call, i))
             result.meta = dict(matmul.meta)
             matmul.replace_all_uses_with(result)
-    for n in (*merged, *list(node.users), node):
+    for n in (*matmuls, *list(node.users), node):
         graph.erase_node(n)
 
 
-def _late(call: fx.Node, order: dict[fx.Node, int], first: int, matmuls: set[fx.Node]) -> set[fx.Node] | None:
-    """What ``call`` takes that comes after the first of the matmuls; None if that takes what one of them makes, or writes to memory."""
-    found: set[fx.Node] = set()
-    waiting = [n for n in call.all_input_nodes if order[n] > first]
+def _late(matmuls: list[fx.Node], order: dict[fx.Node, int]) -> set[fx.Node] | None:
+    """What the matmuls take that comes after the first of them; None if that takes what one of them makes, or writes to memory."""
+    first, found = order[matmuls[0]], set[fx.Node]()
+    waiting = [n for call in matmuls for n in call.all_input_nodes if order[n] > first]
     while waiting:
         n = waiting.pop()
         if n in matmuls or n.op != "call_function" or getattr(getattr(n.target, "_schema", None), "is_mutable", True):
@@ -102,15 +103,18 @@ def _before_gelu(y: fx.Node) -> fx.Node | None:
     found: list[fx.Node] = []
     if not _match(_past(_past(y, _VIEW), _CAST), _GELU, found) or len(found[0].users) != 2:
         return None
-    x = _past(found[0], _CAST)
-    source = _past(x, _VIEW)
+    dtype = y.meta["val"].dtype
+    x = _past(found[0], _CAST, users=2)
+    if (x is found[0]) == (dtype in (torch.float16, torch.bfloat16)):  # halves are computed in float32
+        return None
+    source = x.args[0] if x.target is _VIEW else x
     ours = source.target is operator.getitem and source.args[0].target is torch.ops.teint8.linears.default  # type: ignore[union-attr]
-    return x if ours and len(x.users) == (2 if x is found[0] else 1) and x.meta["val"].dtype == y.meta["val"].dtype else None
+    return x if ours and len(x.users) == (2 if x is found[0] else 1) and x.meta["val"].dtype == dtype else None
 
 
-def _past(node: fx.Node, target: Any) -> fx.Node:
-    """What a node takes, if it is a call of ``target``; else the node."""
-    return node.args[0] if node.target is target else node  # type: ignore[return-value]
+def _past(node: fx.Node, target: Any, users: int = 1) -> fx.Node:
+    """What a node takes, if it is a call of ``target`` for so many users; else the node."""
+    return node.args[0] if node.target is target and len(node.users) == users else node  # type: ignore[return-value]
 
 
 def _match(node: Any, pattern: Any, found: list[fx.Node]) -> bool:
