@@ -186,8 +186,7 @@ def channel_norm(
         _statistics(
             (*shared, alignment(x, w, bb, gm, gv)), (parts, b, 1),
             (x, w, bb, gm, gv, means, factors, tops, p, c, width, parts, p if each else p * width, float(eps), *x.stride()),
-            (each, mean is not None, *constants, _DTYPES[x.dtype], block_p, block_c), num_warps=8 if block_p * block_c <= 8192 else 16,
-            enable_fp_fusion=False,
+            (each, mean is not None, *constants, _DTYPES[x.dtype], block_p, block_c), num_warps=8, enable_fp_fusion=False,
         )  # fmt: skip
         block_p, block_c = shape_of_tile(min(c, 128), 8192)
         _write(

@@ -52,9 +52,8 @@ def _norm_kernel(
         weight = tl.load(weight_ptr + n, mask=inside, other=0.0).to(tl.float32)
     if BIAS:
         bias = tl.load(bias_ptr + n, mask=inside, other=0.0).to(tl.float32)
-    # of many rows the next one is on its way; one alone counts nothing beyond int32
-    pid = tl.program_id(0)
-    for at in tl.range(pid, pid + 1 if STAGES == 1 else M, 1 if STAGES == 1 else tl.num_programs(0), num_stages=STAGES):
+    # of many rows the next one is on its way
+    for at in tl.range(tl.program_id(0), M, tl.num_programs(0), num_stages=STAGES):
         row = tl.cast(at, tl.int64)
         c = tl.load(x_ptr + row * stride_xm + n, mask=inside, other=0.0).to(tl.float32)
         if RESIDUAL:

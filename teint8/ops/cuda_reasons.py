@@ -34,9 +34,13 @@ def conv_why_not(problem: Problem) -> str | None:
 
 
 def norm_why_not(problem: Problem) -> str | None:
-    """A norm: rows that registers hold."""
+    """A norm: rows that registers hold, counted in int32."""
     reason = kernel_why_not(problem)
-    return reason or (f"K is {problem.k}; a row of up to {_WIDEST_NORM} is held in registers" if problem.k > _WIDEST_NORM else None)
+    if reason is None and problem.k > _WIDEST_NORM:
+        reason = f"K is {problem.k}; a row of up to {_WIDEST_NORM} is held in registers"
+    if reason is None and problem.m > 2**30:
+        reason = f"M is {problem.m}; up to {2**30} rows are counted"
+    return reason
 
 
 def channel_norm_why_not(problem: Problem) -> str | None:
