@@ -82,21 +82,24 @@ def test_large_weights_over_many_chunks(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 class Late(nn.Module):
-    """The second weight is made after the first matmul, and then of what that makes."""
+    """The second weight, or its bias, is made after the first matmul, and then of what that makes."""
 
-    def __init__(self, depends: bool) -> None:
+    def __init__(self, depends: bool, what: str) -> None:
         super().__init__()
-        self.first, self.second, self.depends = nn.Linear(32, 32), nn.Linear(32, 32), depends
+        self.first, self.second, self.depends, self.what = nn.Linear(32, 32), nn.Linear(32, 32), depends, what
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.first(x)
-        weight = self.second.weight * (y.amax() if self.depends else 2)
-        return y + nn.functional.linear(x, weight, self.second.bias)
+        factor, weight, bias = (y.amax() if self.depends else 2), self.second.weight, self.second.bias
+        weight, bias = (weight * factor, bias) if self.what == "weight" else (weight, bias * factor)
+        return y + nn.functional.linear(x, weight, bias)
 
 
+@pytest.mark.parametrize("what", ["weight", "bias"])
+@pytest.mark.parametrize("shape", [(20, 32), (2, 8, 32)])
 @pytest.mark.parametrize("depends", [False, True])
-def test_what_a_matmul_takes_is_there_before_it(depends: bool) -> None:
-    y, want, code = compiled_and_eager(Late(depends), torch.randn(20, 32), policy=Policy.qat())
+def test_what_a_matmul_takes_is_there_before_it(depends: bool, shape: tuple[int, ...], what: str) -> None:
+    y, want, code = compiled_and_eager(Late(depends, what), torch.randn(shape), policy=Policy.qat())
     assert different(y, want) == 0
     assert calls(code, "int8_mm") == (2 if depends else 0)
 
@@ -212,5 +215,7 @@ def test_bad_operands_are_refused() -> None:
     w, s = quantize(torch.randn(4, 16))
     with pytest.raises(ValueError, match=r"\(3, 8\) but the weights \[\(4, 16\)\]"):
         linears(torch.randn(3, 8), [w], [s], [None])
+    with pytest.raises(ValueError, match=r"scale or bias \(3,\); \(4,\)"):
+        linears(torch.randn(3, 16), [w], [s], [torch.zeros(3)])
     with pytest.raises(ValueError, match="'relu'"):
         linears(torch.randn(3, 16), [w], [s], [None], "relu")

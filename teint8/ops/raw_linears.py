@@ -41,7 +41,7 @@ def linears(
         [tensor([[5.0158]])]
 
     """
-    _check(x, w_codes)
+    _check(x, w_codes, w_scales, biases)
     if activation == "gelu" and x.numel() > 0:
         x = torch.ops.aten.gelu.out(x.detach(), out=cpu.results(x.shape[0], x.shape[1], x.dtype))  # fresh memory would take as long
     elif activation not in ("", "gelu"):
@@ -58,11 +58,17 @@ def linears(
     return [int8_mm(codes, scale, w, s, b, x.dtype) for w, s, b in weights]
 
 
-def _check(x: Tensor, w_codes: Sequence[Tensor]) -> None:
-    """Raise for shapes that do not fit: the kernel in C would read past a weight."""
+def _check(x: Tensor, w_codes: Sequence[Tensor], w_scales: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
+    """Raise for shapes that do not fit: the kernel in C would read past what it is given."""
     if x.ndim != 2 or any(w.ndim != 2 or w.shape[1] != x.shape[1] for w in w_codes):
         shapes = [tuple(w.shape) for w in w_codes]
         raise ValueError(f"linears: x has shape {tuple(x.shape)} but the weights {shapes}; x (M, K) needs weights (N, K)")
+    for w, *rest in zip(w_codes, w_scales, biases, strict=True):
+        wrong = [tuple(t.shape) for t in rest if t is not None and t.shape != w.shape[:1]]
+        if wrong:
+            raise ValueError(
+                f"linears: a weight has shape {tuple(w.shape)} but its scale or bias {wrong[0]}; {tuple(w.shape[:1])} is needed"
+            )
 
 
 _library.impl("linears", linears, "CompositeExplicitAutograd")
@@ -70,5 +76,5 @@ _library.impl("linears", linears, "CompositeExplicitAutograd")
 
 @torch.library.register_fake("teint8::linears", lib=_library)  # type: ignore[untyped-decorator]
 def _linears_fake(x: Tensor, w_codes: Any, w_scales: Any, biases: Any, activation: str) -> list[Tensor]:
-    _check(x, w_codes)
+    _check(x, w_codes, w_scales, biases)
     return [x.new_empty(x.shape[0], w.shape[0]) for w in w_codes]

@@ -78,13 +78,13 @@ def _merge(graph: fx.Graph, node: fx.Node, matmuls: list[fx.Node]) -> None:
 def _late(matmuls: list[fx.Node], order: dict[fx.Node, int]) -> set[fx.Node] | None:
     """What the matmuls take that comes after the first of them; None if that takes what one of them makes, or writes to memory."""
     first, found = order[matmuls[0]], set[fx.Node]()
-    waiting = [n for call in matmuls for n in call.all_input_nodes if order[n] > first]
+    waiting = [n for call in matmuls for n in call.all_input_nodes if order[n] >= first]
     while waiting:
         n = waiting.pop()
         if n in matmuls or n.op != "call_function" or getattr(getattr(n.target, "_schema", None), "is_mutable", True):
             return None
         found.add(n)
-        waiting += [i for i in n.all_input_nodes if order[i] > first and i not in found]
+        waiting += [i for i in n.all_input_nodes if order[i] >= first and i not in found]
     return found
 
 
