@@ -153,7 +153,7 @@ def kernels(arch: int) -> None:
             core(f"both {kind} {backward} {value} {stochastic}", arch, quantize_both_kernels._both_kernel, both, num_warps=code_warps)
     for each, given in ((False, False), (True, False), (True, True)):
         width = 64 if each else 10
-        p, c = channel_norm.shape_of_tile(width, 8192)
+        p, c = channel_norm.shape_of_tile(width, 4096 if each and not given else 8192)
         of = dict(EACH=each, GIVEN=given, WEIGHT=True, BIAS=True, DTYPE=tl.bfloat16, BLOCK_P=p, BLOCK_C=c)
         core(f"channel_norm {each} {given}", arch, channel_norm._statistics_kernel, of, num_warps=8)
     p, c = channel_norm.shape_of_tile(128, 8192)

@@ -182,7 +182,7 @@ def channel_norm(
               *(None if t is None else t.dtype for t in (weight, bias, mean, variance)))  # fmt: skip
     constants = (weight is not None, bias is not None)
     with on(device):
-        block_p, block_c = shape_of_tile(width, 8192)
+        block_p, block_c = shape_of_tile(width, 4096 if each and mean is None else 8192)  # the former would spill
         _statistics(
             (*shared, alignment(x, w, bb, gm, gv)), (parts, b, 1),
             (x, w, bb, gm, gv, means, factors, tops, p, c, width, parts, p if each else p * width, float(eps), *x.stride()),

@@ -48,14 +48,19 @@ def _norm_kernel(
     n = tl.arange(0, BLOCK)
     inside = (n < N) | EVEN
     one = tl.full((1,), 1.0, tl.float32)
-    if WEIGHT:
+    if WEIGHT and STAGES > 1:
         weight = tl.load(weight_ptr + n, mask=inside, other=0.0).to(tl.float32)
-    if BIAS:
+    if BIAS and STAGES > 1:
         bias = tl.load(bias_ptr + n, mask=inside, other=0.0).to(tl.float32)
+    pid = tl.program_id(0)
     # of many rows the next one is on its way
-    for at in tl.range(tl.program_id(0), M, tl.num_programs(0), num_stages=STAGES):
+    for at in tl.range(pid, pid + 1 if STAGES == 1 else M, 1 if STAGES == 1 else tl.num_programs(0), num_stages=STAGES):
         row = tl.cast(at, tl.int64)
         c = tl.load(x_ptr + row * stride_xm + n, mask=inside, other=0.0).to(tl.float32)
+        if WEIGHT and STAGES == 1:
+            weight = tl.load(weight_ptr + n, mask=inside, other=0.0).to(tl.float32)
+        if BIAS and STAGES == 1:
+            bias = tl.load(bias_ptr + n, mask=inside, other=0.0).to(tl.float32)
         if RESIDUAL:
             c = rounded_pairs(c + tl.load(residual_ptr + row * stride_rm + n, mask=inside, other=0.0).to(tl.float32), DTYPE)
             tl.store(sum_ptr + row * N + n, c.to(sum_ptr.dtype.element_ty), mask=inside)

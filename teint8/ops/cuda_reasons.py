@@ -34,13 +34,9 @@ def conv_why_not(problem: Problem) -> str | None:
 
 
 def norm_why_not(problem: Problem) -> str | None:
-    """A norm: rows that registers hold, counted in int32."""
+    """A norm: rows that registers hold."""
     reason = kernel_why_not(problem)
-    if reason is None and problem.k > _WIDEST_NORM:
-        reason = f"K is {problem.k}; a row of up to {_WIDEST_NORM} is held in registers"
-    if reason is None and problem.m > 2**30:
-        reason = f"M is {problem.m}; up to {2**30} rows are counted"
-    return reason
+    return reason or (f"K is {problem.k}; a row of up to {_WIDEST_NORM} is held in registers" if problem.k > _WIDEST_NORM else None)
 
 
 def channel_norm_why_not(problem: Problem) -> str | None:
