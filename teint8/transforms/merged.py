@@ -2,7 +2,7 @@
 
 A call of an op of Python's costs a CPU as much as a small matmul does, and codes that stay inside of one kernel are not written. (On a
 GPU Inductor fuses the quantization into what comes before it, which saves more.) A GELU between two matmuls, with nothing to fuse with,
-is torch's own kernel again, which takes half as long as what Inductor writes for a CPU, and has the bits of eager mode's ``F.gelu``.
+is torch's own kernel again, which is faster than what Inductor writes for a CPU, and has the bits of eager mode's ``F.gelu``.
 """
 
 import math
