@@ -46,6 +46,21 @@ def test_kernel_has_the_bits_of_the_reference(shape, dtype, kind, flags, flavour
 
 
 @pytest.mark.parametrize("kind", norms.KINDS)
+def test_a_program_of_several_rows_in_the_interpreter(kind) -> None:
+    if CUDA:
+        pytest.skip("on a GPU the kernel itself is tested")
+    from teint8.kernels import norm
+
+    x, w, b = torch.randn(10, 13), torch.randn(13), torch.randn(13)
+    x[4, 2], x[7] = float("nan"), 0
+    y, q, s = torch.empty(10, 13), torch.empty(10, 13, dtype=torch.int8), torch.empty(10)
+    flags = (kind == "layer", False, True, True, True, True, norm._DTYPES[torch.float32], 16, False, 3)
+    norm._norm_kernel[(3, 1, 1)](x, x, w, b, x, y, q, s, 10, 13, 1e-5, 13, 13, *flags)
+    want = next(i.run for i in ops.implementations("norm") if i.name == "reference")(x, None, w, b, kind, 1e-5, True, True)
+    assert [different(g, t) for g, t in zip((y, q, s), want, strict=True)] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("kind", norms.KINDS)
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("shape,dtype", [((2500, 4096), torch.bfloat16), ((1100, 5000), torch.float16), ((1100, 4096), torch.float32)])
 def test_several_rows_a_program(shape, dtype, residual, kind) -> None:
