@@ -122,6 +122,22 @@ def test_side_by_side() -> None:
     assert torch.equal(raw_both.side_by_side(row[:, :4], row[:, 2:], 1), torch.cat((row[:, :4], row[:, 2:]), 1))
 
 
+def test_results_of_an_op_have_memory_of_their_own() -> None:
+    """Torch's rule for ops that say nothing of aliases; without the dispatcher they may lie side by side."""
+    g, u, d = (torch.randn(5, 24, device=DEVICE) for _ in range(3))
+    seed = torch.tensor(3, device=DEVICE)
+    op = torch.ops.teint8.activation
+    results = [torch.ops.teint8.quantize_both(x, s, TRITON) for x, s in ((g, None), (g, seed), (g.expand(3, 5, 24), None))]
+    for s, up, grad in ((None, None, None), (None, u, d), (seed, u, d)):
+        for wanted in ((True, True, True), (True, False, True), (False, True, False)):  # rows, columns, values
+            made, want = (op(g, up, grad, s, None, "silu", *wanted, grad is not None, impl) for impl in (TRITON, "reference"))
+            assert [different(a, b) for a, b in zip(made, want, strict=True)] == [0] * len(want)
+            results.append(made)
+    for result in results:
+        assert len({t.untyped_storage().data_ptr() for t in result}) == len(result)
+        assert all(t.data_ptr() % 16 == 0 for t in result)
+
+
 @pytest.mark.parametrize("backward", [False, True])
 def test_activation_of_rows_longer_than_a_block(backward) -> None:
     g, u, d = (_values((2, 17000), torch.bfloat16) for _ in range(3))

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from teint8._torch import dispatched
 from teint8.kernels.activation import INTERPRETING, rounded
 from teint8.kernels.launch import Launch, alignment, on
 from teint8.kernels.quantize import code_bits, mixed_seed, noise_key, noise_of, scale_and_multiplier, shrunk
@@ -154,13 +155,14 @@ def activation_rows(
     outputs = 2 if gated and backward else 1
     # the interpreter's cast to bfloat16 does not round: it stores float32, whose values are rounded already
     inner = torch.float32 if INTERPRETING else g.dtype
-    # the values of two results lie side by side in a row: a matmul may take them as one
-    both = torch.empty((*shape[:-1], outputs * n), dtype=inner, device=device) if values else g
+    # the values of two results lie side by side in a row: a matmul may take them as one; results of an op must not share memory
+    apart = outputs == 1 or dispatched.active
+    both = torch.empty((*shape[:-1], n if apart else 2 * n), dtype=inner, device=device) if values else g
     made = [
         (
             torch.empty(shape, dtype=torch.int8, device=device) if codes else g,
             torch.empty(shape[:-1], dtype=torch.float32, device=device) if codes else g,
-            both[..., i * n : (i + 1) * n] if values and outputs == 2 else both,
+            both[..., i * n : (i + 1) * n] if values and not apart else torch.empty_like(both) if values and i else both,
         )
         for i in range(outputs)
     ]

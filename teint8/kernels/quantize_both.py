@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from teint8._torch import dispatched
 from teint8.kernels.activation import INTERPRETING
 from teint8.kernels.launch import Launch, alignment, on
 from teint8.kernels.quantize import between, kind_of
@@ -54,7 +55,10 @@ def _up_to_16(k: int) -> int:
 
 
 def _pieces(count: int, shape: tuple[int, ...], device: torch.device) -> list[Tensor]:
-    return [padded(shape, device)] if count == 1 else list(padded((count, *shape), device).unbind())
+    """Side by side, for a matmul may take them as one; but apart where an op returns them, whose results must not share memory."""
+    if count == 1 or dispatched.active:
+        return [padded(shape, device) for _ in range(count)]
+    return list(padded((count, *shape), device).unbind())
 
 
 def dense(x: Tensor) -> Tensor:
@@ -158,7 +162,6 @@ def quantize_both(
         plan = _plans[key] = _planned(shape, 2 if gated and backward else 1, value, blocks or _blocks_of(kind, backward))
     lead, m, n, batch, outputs, sides, rows, count, blocks, grid, code_grid, out_strides = plan
     scales = torch.empty((2 if seed is None else 3) * count, dtype=torch.float32, device=device)
-    # side by side: what a matmul wants of all of them it may take as one
     codes = _pieces(outputs, (*lead, m, n), device)
     tcodes = _pieces(sides, (*lead, n, m), device)
     with on(device), Zeros(count + batch * (grid[0] + grid[1]), device) as tops:

@@ -1,5 +1,6 @@
 """The raw ops ``quantize_both`` and ``activation``, which make operands for the backward's matmuls; they have no derivative."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -214,21 +215,27 @@ def _activation(
     return [_aligned(t) if t.dtype == torch.int8 else t for t in out]
 
 
-def _at_16(t: Tensor) -> Tensor:
-    """A tensor at a multiple of 16 bytes, as compiled code expects the results of an op."""
-    return t if t.is_meta or t.data_ptr() % 16 == 0 else t.clone()
+def _of_their_own(results: Iterable[Tensor]) -> list[Tensor]:
+    """Results of an op as compiled code expects them: at multiples of 16 bytes, and none in the memory of another."""
+    seen: set[int] = set()
+    out = []
+    for t in results:
+        memory = _torch.memory_of(t)
+        out.append(t.clone() if memory in seen or t.data_ptr() % 16 else t)
+        seen.add(memory)
+    return out
 
 
 def _quantize_both_op(x: Tensor, seed: Tensor | None, impl: str) -> Codes:
     with _torch.by_dispatcher():
-        q, s, tq, ts = _quantize_both(x, seed, impl)
-    return _at_16(q), _at_16(s), _at_16(tq), _at_16(ts)
+        codes: Any = tuple(_of_their_own(_quantize_both(x, seed, impl)))
+    return codes  # type: ignore[no-any-return]
 
 
 def _activation_op(*args: Any) -> list[Tensor]:
     with _torch.by_dispatcher():
         out = _activation(*args)
-    return [_at_16(t if t.dtype == torch.int8 else t.contiguous()) for t in out]
+    return _of_their_own(t if t.dtype == torch.int8 else t.contiguous() for t in out)
 
 
 _library.impl("quantize_both", _quantize_both_op, "CompositeExplicitAutograd")
