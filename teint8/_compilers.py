@@ -6,7 +6,7 @@ Each with the versions it was seen on (2.11, 2.13) and a test.
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,11 +16,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from teint8._torch import number
 
 
-def inductor(gm: Any, inputs: Any, mode: str | None, options: dict[str, Any], passes: Callable[[fx.Graph], None]) -> Any:
+def inductor(gm: Any, inputs: Any, mode: str | None, options: dict[str, Any], passes: Sequence[Callable[[fx.Graph], None]]) -> Any:
     """Compile a graph by Inductor with a mode of torch.compile's and options of Inductor's. Seen on torch 2.11 and 2.13.
 
     Values are rounded to their dtype where eager mode rounds them, unless the options say otherwise: what is quantized is the same.
-    ``passes`` edits the graph before the caller's own ``post_grad_custom_post_pass`` does; it is left out where torch takes one pass
+    ``passes`` edit the graph before the caller's own ``post_grad_custom_post_pass`` does; they are left out where torch takes one pass
     alone (2.11) and the caller has one.
     """
     from torch._inductor import config, list_mode_options
@@ -45,16 +45,17 @@ def inductor(gm: Any, inputs: Any, mode: str | None, options: dict[str, Any], pa
     return compile_fx(gm, inputs, inner_compile=inner, config_patches=patches)
 
 
-def _passes(ours: Callable[[fx.Graph], None], theirs: Any) -> Any:
-    """A pass of ours, as Inductor's cache of graphs knows it, and theirs after it; None where torch takes but one, which is theirs."""
+def _passes(ours: Sequence[Callable[[fx.Graph], None]], theirs: Any) -> Any:
+    """A pass that is all of ours, as Inductor's cache knows it, and theirs after it; None where torch takes one, which is theirs."""
     from torch._inductor import custom_graph_pass
 
     class Pass(custom_graph_pass.CustomGraphPass):
         def __call__(self, graph: fx.Graph) -> None:
-            ours(graph)
+            for edit in ours:
+                edit(graph)
 
         def uuid(self) -> Any:
-            return custom_graph_pass.get_hash_for_files((inspect.getfile(ours),))
+            return custom_graph_pass.get_hash_for_files(tuple(map(inspect.getfile, ours)))
 
     if theirs is None:
         return Pass()

@@ -24,7 +24,9 @@ from teint8.transforms.merged import merge_linears
 from teint8.transforms.operands import Operand
 from teint8.transforms.quantize import BoundRoute
 from teint8.transforms.receipt import Receipt
+from teint8.transforms.sums import add_into
 
+_PASSES = (merge_linears, add_into)
 _OURS = ("policy", "training", "strict", "receipt", "mode", "params")
 
 
@@ -76,7 +78,7 @@ def backend(gm: fx.GraphModule, inputs: Sequence[Any], *, mode: str | None = Non
     how, inductor = _read(options or {})
     mode = mode or (options or {}).get("mode")  # torch.compile takes one of mode and options
     if not has_matmuls(gm):
-        return _compilers.inductor(gm, list(inputs), mode, inductor, merge_linears)
+        return _compilers.inductor(gm, list(inputs), mode, inductor, _PASSES)
     program = _Program(gm, how, list(inputs))
     if how.strict:
         _check_paths(how.policy)
@@ -85,7 +87,7 @@ def backend(gm: fx.GraphModule, inputs: Sequence[Any], *, mode: str | None = Non
         tuning.tune_new(program.problems(inputs), gpu)
     extras = program.packable(inputs)
     whole = program.as_graph(extras)
-    compiled = _compilers.inductor(whole, [*inputs, *program.fakes(inputs, extras)], mode, inductor, merge_linears)
+    compiled = _compilers.inductor(whole, [*inputs, *program.fakes(inputs, extras)], mode, inductor, _PASSES)
     followers = Followers(extras)
     met = _Met(program, inputs) if how.receipt is not None or any(rule.path != "*" for rule in how.policy.rules) else None
     if not extras and met is None:
