@@ -1,12 +1,14 @@
 """INT8 convolutions of one to three dimensions, transposed ones too: what is called, and what is asked of its arguments."""
 
+import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from teint8 import _torch
 from teint8.ops.conv_function import convolve, is_channels_last, weight_only
 from teint8.ops.conv_layout import Codes, Shape, activation_codes, contracted, kernel_codes, kernel_rows
 from teint8.ops.linear import linear, static_scale
@@ -78,12 +80,11 @@ def conv(
     packed = weight if isinstance(weight, QTensor) else None
     w: Any = None if packed is not None else weight
     _check(x, weight, bias, groups, transposed, dtype)
-    shape, odd = _shape_of(weight.shape[2:], stride, padding, dilation, groups, transposed, output_padding)
+    shape, odd, _, pointwise = _geometry(x, weight, stride, padding, dilation, groups, transposed, output_padding)
     if any(odd):  # "same" pads one side more than the other
         x = torch.nn.functional.pad(x, [p for o in reversed(odd) for p in (0, o)])
-    _check_sizes(x.shape[2:], weight.shape[2:], shape, x, weight)
     dtype = dtype or x.dtype
-    if _is_pointwise(weight.shape[2:], shape):
+    if pointwise:
         flat: Any = w.flatten(1) if packed is None else _flat(packed)
         y = linear(
             _strided(x, shape.stride).movedim(1, -1), flat, bias, impl=impl, dtype=dtype,
@@ -110,9 +111,46 @@ def _flat(packed: QTensor) -> QTensor:
     return QTensor(packed.codes.flatten(1), packed.scale.flatten(1), packed.activation_scale, packed.dtype)
 
 
-def _is_pointwise(kernel: Sequence[int], shape: Shape) -> bool:
-    """Whether each pixel is a row of its own."""
-    return all(k == 1 for k in kernel) and shape.groups == 1 and not shape.transposed and not any(shape.padding)
+class _Geometry(NamedTuple):
+    """What the sizes and arguments of a call come to.
+
+    Attributes:
+        shape: the arguments as tuples.
+        odd: what "same" pads behind more than before.
+        out: spatial sizes of the result.
+        pointwise: whether each pixel is a row of its own.
+
+    """
+
+    shape: Shape
+    odd: tuple[int, ...]
+    out: tuple[int, ...]
+    pointwise: bool
+
+
+def _geometry(x: Tensor, weight: Tensor | QTensor, stride: Any, padding: Any, dilation: Any, *others: Any) -> _Geometry:
+    """That of a call; worked out once for each, for in eager mode that takes as long as a kernel. ValueError where nothing fits."""
+    how = (*(tuple(v) if isinstance(v, list) else v for v in (stride, padding, dilation)), *others)
+    if _torch.is_compiling():  # sizes may be symbols
+        return _geometry_of(x.shape, weight.shape, *how)
+    try:
+        return _known_geometry(tuple(x.shape), tuple(weight.shape), *how)
+    except TypeError:  # what cannot be hashed
+        return _geometry_of(x.shape, weight.shape, *how)
+
+
+def _geometry_of(
+    sizes: Sequence[int], weight: Sequence[int], stride: Any, padding: Any, dilation: Any, groups: int, transposed: bool, outs: Any
+) -> _Geometry:
+    kernel = weight[2:]
+    shape, odd = _shape_of(kernel, stride, padding, dilation, groups, transposed, outs)
+    padded = [s + o for s, o in zip(sizes[2:], odd, strict=True)]
+    out = _out(padded, sizes, weight, shape)
+    pointwise = all(k == 1 for k in kernel) and shape.groups == 1 and not shape.transposed and not any(shape.padding)
+    return _Geometry(shape, tuple(odd), out, pointwise)
+
+
+_known_geometry = functools.lru_cache(4096)(_geometry_of)
 
 
 def conv_problem(
@@ -140,13 +178,11 @@ def conv_problem(
 
     """
     _check_shapes(x, weight, bias, groups, transposed)
+    geometry = _geometry(x, weight, stride, padding, dilation, groups, transposed, output_padding)
     kernel = weight.shape[2:]
-    shape, odd = _shape_of(kernel, stride, padding, dilation, groups, transposed, output_padding)
-    sizes = [s + o for s, o in zip(x.shape[2:], odd, strict=True)]
-    _check_sizes(sizes, kernel, shape, x, weight)
-    op = "int8_mm" if _is_pointwise(kernel, shape) else "conv"
+    op = "int8_mm" if geometry.pointwise else "conv"
     n, c = (weight.shape[1], weight.shape[0] // groups) if transposed else (weight.shape[0] // groups, weight.shape[1])
-    m = x.shape[0] * math.prod(shape.out(sizes, kernel))
+    m = x.shape[0] * math.prod(geometry.out)
     extra = (len(kernel), c) if op == "conv" else ()
     return op, Problem(x.device.type, dtype, groups, m, n, c * math.prod(kernel), extra)
 
@@ -172,19 +208,25 @@ def _check(x: Tensor, weight: Tensor | QTensor, bias: Tensor | None, groups: int
 
 
 def _check_shapes(x: Tensor, weight: Tensor | QTensor, bias: Tensor | None, groups: int, transposed: bool) -> None:
-    shapes = f"x {tuple(x.shape)} and weight {tuple(weight.shape)}, groups {groups}"
     if x.ndim not in (3, 4, 5) or weight.ndim != x.ndim:
         raise ValueError(
-            f"conv: {shapes} do not fit; (B, C, *S) and (N, C / groups, *kernel) with 1 to 3 spatial dimensions are needed"
+            f"conv: {_shapes(x, weight, groups)} do not fit; (B, C, *S) and (N, C / groups, *kernel) with 1 to 3 spatial dimensions "
+            "are needed"
         )
     channels, split = (weight.shape[0], weight.shape[0]) if transposed else (weight.shape[1] * groups, weight.shape[0])
     if groups < 1 or x.shape[1] != channels or split % max(groups, 1):
-        raise ValueError(f"conv: {shapes} do not fit; {channels} channels, and {split} that groups divides, are needed")
+        raise ValueError(
+            f"conv: {_shapes(x, weight, groups)} do not fit; {channels} channels, and {split} that groups divides, are needed"
+        )
     n = weight.shape[1] * groups if transposed else weight.shape[0]
     if bias is not None and not bias.is_floating_point():
         raise TypeError(f"conv: bias is {bias.dtype}; a float tensor is needed")
     if bias is not None and tuple(bias.shape) != (n,):
-        raise ValueError(f"conv: bias has shape {tuple(bias.shape)}; ({n},) is needed for {shapes}")
+        raise ValueError(f"conv: bias has shape {tuple(bias.shape)}; ({n},) is needed for {_shapes(x, weight, groups)}")
+
+
+def _shapes(x: Tensor, weight: Tensor | QTensor, groups: int) -> str:
+    return f"x {tuple(x.shape)} and weight {tuple(weight.shape)}, groups {groups}"
 
 
 def _shape_of(
@@ -210,12 +252,15 @@ def _shape_of(
     return Shape(stride, each("padding", padding), dilation, groups, transposed, outs), odd
 
 
-def _check_sizes(sizes: Sequence[int], kernel: Sequence[int], shape: Shape, x: Tensor, weight: Tensor | QTensor) -> None:
+def _out(padded: Sequence[int], sizes: Sequence[int], weight: Sequence[int], shape: Shape) -> tuple[int, ...]:
+    """Spatial sizes of the result, of spatial sizes that are padded where "same" is odd."""
     steps = all(s > 0 and d > 0 for s, d in zip(shape.stride, shape.dilation, strict=True)) and all(p >= 0 for p in shape.padding)
     if shape.transposed:
         steps = steps and all(0 <= o < max(s, d) for o, s, d in zip(shape.output_padding, shape.stride, shape.dilation, strict=True))
-    if not steps or math.prod(kernel) == 0 or any(size < 1 for size in shape.out(sizes, kernel)):
+    out = shape.out(padded, weight[2:]) if steps else ()
+    if math.prod(weight[2:]) == 0 or any(size < 1 for size in out) or not steps:
         raise ValueError(
-            f"conv: x {tuple(x.shape)} by weight {tuple(weight.shape)} with stride {shape.stride}, padding {shape.padding}, dilation "
+            f"conv: x {(*sizes[:2], *padded)} by weight {tuple(weight)} with stride {shape.stride}, padding {shape.padding}, dilation "
             f"{shape.dilation}, output_padding {shape.output_padding or 0}: there is no window that fits"
         )
+    return out

@@ -1,5 +1,6 @@
 """The raw op ``int8_conv``: a convolution of codes whose channels come last. It has no derivative; those are in ``ops/conv.py``."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -140,6 +141,7 @@ def int8_conv(
     return y
 
 
+@functools.lru_cache(4096)
 def problem_of(x_shape: Sequence[Any], w_shape: Sequence[Any], window: Window, device: str, dtype: torch.dtype) -> Problem:
     """The Problem that a convolution poses: rows are windows, ``batch`` is the number of groups."""
     out = window.out(x_shape[1:-1], w_shape[1:-1])
