@@ -1,5 +1,6 @@
 """INT8 convolutions in Triton, channels last: an implicit matmul, and depthwise ones. What windows see is never written down."""
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -165,12 +166,11 @@ class _Sizes(NamedTuple):
     dilation: tuple[int, ...]
 
 
-def _three(xq: Tensor, wq: Tensor, window: Any) -> _Sizes:
+@functools.lru_cache(4096)
+def _three(sizes: tuple[int, ...], kernel: tuple[int, ...], out: tuple[int, ...], window: Any) -> _Sizes:
     def full(values: Any, fill: int) -> tuple[int, ...]:
         return (fill,) * (3 - len(values)) + tuple(values)
 
-    sizes, kernel = xq.shape[1:-1], wq.shape[1:-1]
-    out = window.out(sizes, kernel)
     return _Sizes(
         full(sizes, 1), full(out, 1), full(kernel, 1), full(window.stride, 1), full(window.padding[::2], 0), full(window.dilation, 1)
     )
@@ -193,14 +193,16 @@ def conv(
         config: overrides the table; no result depends on it.
 
     """
-    s = _three(xq, wq, window)
+    sizes, kernel = xq.shape[1:-1], wq.shape[1:-1]
+    out = window.out(sizes, kernel)
+    s = _three(sizes, kernel, out, window)
     g, n_all, c = window.groups, wq.shape[0], wq.shape[-1]
     n, device = n_all // g, xq.device
     m = xq.shape[0] * math.prod(s.out)
     xq, wq, xs, ws = xq.contiguous(), wq.contiguous(), xs.contiguous(), ws.contiguous()
     # the interpreter's cast to bfloat16 does not round
     inner = torch.float32 if dtype == torch.float64 or not xq.is_cuda else dtype
-    y = torch.empty((xq.shape[0], *window.out(xq.shape[1:-1], wq.shape[1:-1]), n_all), dtype=inner, device=device)
+    y = torch.empty((xq.shape[0], *out, n_all), dtype=inner, device=device)
     b = ws if bias is None else bias.contiguous()
     scales = xs.shape[1]
     depthwise = n == c == 1 and g > 1
