@@ -34,14 +34,16 @@ def add_into(graph: fx.Graph) -> None:
 
 def _product(node: Any, addition: fx.Node) -> fx.Node | None:
     """The matmul whose result this is, perhaps seen otherwise, if only the addition and sums in its memory take it; else None."""
-    if not isinstance(node, fx.Node) or node.meta.get("val") is None or node.meta["val"].shape != addition.meta["val"].shape:
-        return None
-    made: Any = node
-    user = addition
-    if node.target is _VIEW and list(node.users) == [addition]:
+    made, user = node, addition
+    if isinstance(node, fx.Node) and node.target is _VIEW and list(node.users) == [addition]:
         made, user = node.args[0], node
+    if not isinstance(made, fx.Node) or made.target is not _MM:
+        return None
+    shapes = [n.meta["val"].shape for n in (made, node, addition)]
+    if not all(type(s) is int for shape in shapes for s in shape) or shapes[1] != shapes[2]:  # to compare symbols is to guard on them
+        return None
     takers = [n for n in made.users if not (n.target is _ADD_INTO and n.args[4] is made)]
-    return made if made.target is _MM and takers == [user] else None
+    return made if takers == [user] else None
 
 
 def _fits(second: fx.Node, total: fx.Node) -> bool:
@@ -53,7 +55,7 @@ def _fits(second: fx.Node, total: fx.Node) -> bool:
         return False
     if value.ndim != 2 or product.shape != value.shape or value.dtype == torch.float64:  # a kernel's own sum is one of float32
         return False
-    if codes.ndim != 2 or w_codes.ndim != 2 or not all(isinstance(s, int) and s > 0 for s in (*codes.shape, *w_codes.shape)):
+    if codes.ndim != 2 or w_codes.ndim != 2 or not all(type(s) is int and s > 0 for s in (*codes.shape, *w_codes.shape)):
         return False
     return raw_sums.adds(codes.device.type, value.dtype, codes.shape[0], w_codes.shape[0], codes.shape[1])
 
@@ -62,7 +64,7 @@ def _replace(graph: fx.Graph, addition: fx.Node, total: fx.Node, second: fx.Node
     with graph.inserting_before(addition):
         graph.call_function(_ADD_INTO, (*second.args[:4], total))
         result = total
-        if addition.meta["val"].ndim != 2:
+        if addition.meta["val"].shape != total.meta["val"].shape:
             result = graph.call_function(_VIEW, (total, list(addition.meta["val"].shape)))
             result.meta = dict(addition.meta)
     seen: Any = dict.fromkeys((*addition.args, second))
