@@ -39,7 +39,7 @@ def inductor(gm: Any, inputs: Any, mode: str | None, options: dict[str, Any], pa
     }
     theirs = patches.get("post_grad_custom_post_pass", config.post_grad_custom_post_pass)
     together = _passes(passes, theirs)
-    # the C++ wrapper knows no op that takes a list of tensors
+    # the C++ wrapper knows no op that takes a list of tensors, as one of ours does
     if together is not None and not patches.get("cpp_wrapper", config.cpp_wrapper):
         patches["post_grad_custom_post_pass"] = together
     return compile_fx(gm, inputs, inner_compile=inner, config_patches=patches)

@@ -221,7 +221,9 @@ def _of_their_own(results: Iterable[Tensor]) -> list[Tensor]:
     out = []
     for t in results:
         memory = _torch.memory_of(t)
-        out.append(t.clone() if memory in seen or t.data_ptr() % 16 else t)
+        if memory in seen or t.data_ptr() % 16:
+            t = _aligned(t.clone()) if t.dtype == torch.int8 else t.clone()
+        out.append(t)
         seen.add(memory)
     return out
 

@@ -1,4 +1,4 @@
-"""A pass over graphs that Inductor is about to compile: on a GPU a sum of two INT8 matmuls is added up in the second one's kernel.
+"""A pass over graphs that Inductor is about to compile: on Hopper a sum of two INT8 matmuls is added up in the second one's kernel.
 
 That is what a backward is full of: the gradients of an input that several linears share. Inductor would read both products to write
 their sum. The bits are the same: the kernel rounds its product before it adds it.
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from teint8 import _compilers
 from teint8.ops import raw_sums
 from teint8.ops.raw import NAMES
 
@@ -18,11 +19,13 @@ _ADD, _VIEW = torch.ops.aten.add.Tensor, torch.ops.aten.reshape.default
 
 def add_into(graph: fx.Graph) -> None:
     """Replace additions of two INT8 matmuls, whose results nobody else takes, where the kernel of the second one adds."""
+    if not any(_pair(n) for n in graph.find_nodes(op="call_function", target=_ADD)):
+        return
+    _compilers.sort(graph)  # what reads a total has to come after all that is added to it
     order = {n: i for i, n in enumerate(graph.nodes)}
     for node in list(graph.find_nodes(op="call_function", target=_ADD)):
-        products = [] if node.kwargs else [_product(n, node) for n in node.args]
-        pair = [p for p in dict.fromkeys(products) if p is not None]
-        if len(pair) != 2:
+        pair = _pair(node)
+        if not pair:
             continue
         total, second = sorted(pair, key=order.__getitem__)
         if not _fits(second, total):
@@ -32,12 +35,21 @@ def add_into(graph: fx.Graph) -> None:
     graph.lint()
 
 
+def _pair(addition: fx.Node) -> list[fx.Node]:
+    """The two matmuls whose results are added, if nobody else takes them; else none."""
+    products = [] if addition.kwargs or "val" not in addition.meta else [_product(n, addition) for n in addition.args]
+    pair = [p for p in dict.fromkeys(products) if p is not None]
+    return pair if len(pair) == 2 else []
+
+
 def _product(node: Any, addition: fx.Node) -> fx.Node | None:
     """The matmul whose result this is, perhaps seen otherwise, if only the addition and sums in its memory take it; else None."""
     made, user = node, addition
     if isinstance(node, fx.Node) and node.target is _VIEW and list(node.users) == [addition]:
         made, user = node.args[0], node
     if not isinstance(made, fx.Node) or made.target is not _MM:
+        return None
+    if any(n.meta.get("val") is None for n in (made, node, *made.all_input_nodes)):  # a pass of the caller's made it
         return None
     shapes = [n.meta["val"].shape for n in (made, node, addition)]
     if not all(type(s) is int for shape in shapes for s in shape) or shapes[1] != shapes[2]:  # to compare symbols is to guard on them
