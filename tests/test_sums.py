@@ -139,7 +139,7 @@ def test_graphs_with_nothing_to_add(device: str) -> None:
 
     def late(graph: torch.fx.Graph) -> None:
         for n in graph.find_nodes(op="call_function", target=torch.ops.aten.sin.default):
-            with graph.inserting_before(next(reversed(graph.nodes))):
+            with graph.inserting_before(graph.output_node()):
                 other = graph.call_function(torch.ops.aten.cos.default, n.args)
                 other.meta = dict(n.meta)
             n.replace_all_uses_with(other)
