@@ -39,7 +39,7 @@ $(VENV)/.torch: $(VENV)/.venv constraints.txt
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml
-	$(PIP) --editable '.[demo]'
+	$(PIP) --editable '.[demo,files]'
 	touch $@
 
 $(VENV)/.test: $(VENV)/.torch pyproject.toml

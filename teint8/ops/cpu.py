@@ -216,7 +216,7 @@ def _vnni_why_not(problem: Problem) -> str | None:
 
 def _avx2_why_not(problem: Problem) -> str | None:
     reason = _mm_c_why_not(problem)
-    return reason or (None if cpu_rows.has_avx2() else "the CPU has no AVX2, or AVX-512, which oneDNN uses")
+    return reason or (None if cpu_rows.has_avx2() else "it is for CPUs with AVX2 and without AVX-512")
 
 
 def _mm_c_why_not(problem: Problem) -> str | None:
