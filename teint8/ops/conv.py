@@ -130,7 +130,7 @@ class _Geometry(NamedTuple):
 
 def _geometry(x: Tensor, weight: Tensor | QTensor, stride: Any, padding: Any, dilation: Any, *others: Any) -> _Geometry:
     """That of a call; worked out once for each, for in eager mode that takes as long as a kernel. ValueError where nothing fits."""
-    how = (*(tuple(v) if isinstance(v, list) else v for v in (stride, padding, dilation)), *others)
+    how: Any = [tuple(v) if isinstance(v, list) else v for v in (stride, padding, dilation, *others)]
     if _torch.is_compiling():  # sizes may be symbols
         return _geometry_of(x.shape, weight.shape, *how)
     try:
