@@ -8,6 +8,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, fx
@@ -20,11 +21,12 @@ def inductor(gm: Any, inputs: Any, mode: str | None, options: dict[str, Any], pa
     """Compile a graph by Inductor with a mode of torch.compile's and options of Inductor's. Seen on torch 2.11 and 2.13.
 
     Values are rounded to their dtype where eager mode rounds them, unless the options say otherwise: what is quantized is the same.
-    ``passes`` edit the graph before the caller's own ``post_grad_custom_post_pass`` does; they are left out where torch takes one pass
-    alone (2.11) and the caller has one.
+    ``passes`` edit the graph before the caller's own ``post_grad_custom_post_pass`` does, and a GELU on a CPU is torch's. Both are left
+    out where torch takes one pass alone (2.11) and the caller has one, and with the C++ wrapper.
     """
     from torch._inductor import config, list_mode_options
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+    from torch._inductor.decomposition import select_decomp_table
     from torch._inductor.virtualized import V
 
     def inner(*args: Any, **kwargs: Any) -> Any:
@@ -40,9 +42,39 @@ def inductor(gm: Any, inputs: Any, mode: str | None, options: dict[str, Any], pa
     theirs = patches.get("post_grad_custom_post_pass", config.post_grad_custom_post_pass)
     together = _passes(passes, theirs)
     # the C++ wrapper knows no op that takes a list of tensors, as one of ours does
-    if together is not None and not patches.get("cpp_wrapper", config.cpp_wrapper):
-        patches["post_grad_custom_post_pass"] = together
-    return compile_fx(gm, inputs, inner_compile=inner, config_patches=patches)
+    if together is None or patches.get("cpp_wrapper", config.cpp_wrapper):
+        return compile_fx(gm, inputs, inner_compile=inner, config_patches=patches)
+    patches["post_grad_custom_post_pass"] = together
+    with config.patch(patches):
+        table = select_decomp_table()
+    with _gelu_whole(table):
+        return compile_fx(gm, inputs, inner_compile=inner, config_patches=patches)
+
+
+@contextlib.contextmanager
+def _gelu_whole(table: dict[Any, Callable[..., Any]]) -> Iterator[None]:
+    """A GELU on a CPU is not decomposed by Inductor's table: it is torch's own kernel, as in eager mode.
+
+    Inductor's is slower, and has other last bits. The table is edited, for another one that is handed to Inductor would keep it from
+    its cache, which knows these graphs by our pass. Seen on torch 2.11 and 2.13.
+    """
+    gelu = torch.ops.aten.gelu.default
+    plain = table[gelu]
+
+    def whole(x: Tensor, *, approximate: str = "none") -> Any:
+        return NotImplemented if x.device.type == "cpu" else plain(x, approximate=approximate)
+
+    _calls_gelu()
+    with mock.patch.dict(table, {gelu: whole}):
+        yield
+
+
+@functools.cache
+def _calls_gelu() -> None:
+    """Let Inductor call torch's GELU where a graph has one."""
+    from torch._inductor import lowering
+
+    lowering.make_fallback(torch.ops.aten.gelu.default, warn=False, override_decomp=True)
 
 
 def _passes(ours: Sequence[Callable[[fx.Graph], None]], theirs: Any) -> Any:
@@ -55,7 +87,7 @@ def _passes(ours: Sequence[Callable[[fx.Graph], None]], theirs: Any) -> Any:
                 edit(graph)
 
         def uuid(self) -> Any:
-            return custom_graph_pass.get_hash_for_files(tuple(map(inspect.getfile, ours)))
+            return custom_graph_pass.get_hash_for_files((*map(inspect.getfile, ours), __file__))
 
     if theirs is None:
         return Pass()

@@ -267,7 +267,7 @@ def test_packed_params_under_transforms() -> None:
     gx = torch.func.grad(lambda x: qfn(packed, x).square().sum())(x)
     assert grid.relative_error(gx, torch.func.grad(lambda x: qfn(params, x).square().sum())(x)) < 1e-6
     torch._dynamo.reset()
-    # the GELU between the linears is Inductor's own: close, not equal
+    # plain Inductor: the GELU between the linears is its own: close, not equal
     assert grid.relative_error(torch.compile(qfn, fullgraph=True)(packed, x), qfn(packed, x)) < 1e-6
     exported = torch.export.export(Served(qfn, packed), (x,)).module()
     assert torch.equal(exported(x), qfn(packed, x))

@@ -16,6 +16,8 @@ from teint8.ops.registry import Problem
 _library = torch.library.Library("teint8", "FRAGMENT")
 _library.define("linears(Tensor x, Tensor[] w_codes, Tensor[] w_scales, Tensor?[] biases, str activation) -> Tensor[]")
 
+_FORMS = {"": "", "gelu": "none", "gelu_tanh": "tanh"}
+
 
 def linears(
     x: Tensor, w_codes: Sequence[Tensor], w_scales: Sequence[Tensor], biases: Sequence[Tensor | None], activation: str = ""
@@ -27,7 +29,7 @@ def linears(
         w_codes: int8 (N, K) of each weight.
         w_scales: float32 (N,) of each.
         biases: (N,) or None of each.
-        activation: "gelu" to take torch's gelu(x) for x.
+        activation: "gelu" or "gelu_tanh" to take torch's gelu(x) for x, exact or in its tanh form.
 
     Returns:
         (M, N) for each weight.
@@ -42,10 +44,11 @@ def linears(
 
     """
     _check(x, w_codes, w_scales, biases)
-    if activation == "gelu" and x.numel() > 0:
-        x = torch.ops.aten.gelu.out(x.detach(), out=cpu.results(x.shape[0], x.shape[1], x.dtype))  # fresh memory would take as long
-    elif activation not in ("", "gelu"):
-        raise ValueError(f"linears: activation is {activation!r}; 'gelu' or '' is needed")
+    if activation not in _FORMS:
+        raise ValueError(f"linears: activation is {activation!r}; one of {list(_FORMS)} is needed")
+    if activation and x.numel() > 0:
+        memory = cpu.results(x.shape[0], x.shape[1], x.dtype)  # fresh memory would take as long as the activation
+        x = torch.ops.aten.gelu.out(x.detach(), approximate=_FORMS[activation], out=memory)
     weights = list(zip(w_codes, w_scales, biases, strict=True))
     (m, k), sizes = x.shape, [w.shape[0] for w in w_codes]
     if 0 not in (m, k, *sizes):

@@ -1,11 +1,10 @@
 """A pass over graphs that Inductor is about to compile: on a CPU what is quantized and multiplied becomes one call.
 
 A call of an op of Python's costs a CPU as much as a small matmul does, and codes that stay inside of one kernel are not written. (On a
-GPU Inductor fuses the quantization into what comes before it, which saves more.) A GELU between two matmuls, with nothing to fuse with,
-is torch's own kernel again, which is faster than what Inductor writes for a CPU, and has the bits of eager mode's ``F.gelu``.
+GPU Inductor fuses the quantization into what comes before it, which saves more.) So is a GELU before that, which is torch's own kernel
+in graphs for a CPU (``_compilers``), with the bits of eager mode's ``F.gelu``.
 """
 
-import math
 import operator
 from typing import Any
 
@@ -59,12 +58,12 @@ def _merge(graph: fx.Graph, node: fx.Node, matmuls: list[fx.Node]) -> None:
         first.prepend(n)
     w_codes, w_scales, biases = ([call.args[i] for call in matmuls] for i in (2, 3, 4))
     x: Any = node.args[0]
-    before = _before_gelu(x)
+    before, activation = _before_gelu(x)
     with graph.inserting_before(first):
         if before and x.target is _VIEW:
             before = graph.call_function(_VIEW, (before, x.args[1]))
             before.meta = dict(x.meta)
-        inputs = (before or x, w_codes, w_scales, biases, "gelu" if before else "")
+        inputs = (before or x, w_codes, w_scales, biases, activation)
         call = graph.call_function(torch.ops.teint8.linears.default, inputs)
         call.meta = {"val": [m.meta["val"] for m in matmuls]}
         for i, matmul in enumerate(matmuls):
@@ -88,42 +87,13 @@ def _late(matmuls: list[fx.Node], order: dict[fx.Node, int]) -> set[fx.Node] | N
     return found
 
 
-_VIEW, _CAST = torch.ops.aten.reshape.default, torch.ops.prims.convert_element_type.default
-_X = object()
-# gelu(x) as torch decomposes it: functions and what they take
-_GELU = (
-    torch.ops.aten.mul.Tensor,
-    (torch.ops.aten.mul.Tensor, _X, 0.5),
-    (torch.ops.aten.add.Tensor, (torch.ops.aten.erf.default, (torch.ops.aten.mul.Tensor, _X, math.sqrt(0.5))), 1),
-)
+_VIEW = torch.ops.aten.reshape.default
+_GELUS = {"none": "gelu", "tanh": "gelu_tanh"}
 
 
-def _before_gelu(y: fx.Node) -> fx.Node | None:
-    """x, where y has the values of gelu(x) and x comes out of a matmul of ours, and nobody else takes what is between; else None."""
-    found: list[fx.Node] = []
-    if not _match(_past(_past(y, _VIEW), _CAST), _GELU, found) or len(found[0].users) != 2:
-        return None
-    dtype = y.meta["val"].dtype
-    x = _past(found[0], _CAST, users=2)
-    if (x is found[0]) == (dtype in (torch.float16, torch.bfloat16)):  # halves are computed in float32
-        return None
-    source = x.args[0] if x.target is _VIEW else x
-    ours = source.target is operator.getitem and source.args[0].target is torch.ops.teint8.linears.default  # type: ignore[union-attr]
-    return x if ours and len(x.users) == (2 if x is found[0] else 1) and x.meta["val"].dtype == dtype else None
-
-
-def _past(node: fx.Node, target: Any, users: int = 1) -> fx.Node:
-    """What a node takes, if it is a call of ``target`` for so many users; else the node."""
-    return node.args[0] if node.target is target and len(node.users) == users else node  # type: ignore[return-value]
-
-
-def _match(node: Any, pattern: Any, found: list[fx.Node]) -> bool:
-    """Whether a node is what a pattern says, for one user alone; what stands for _X is found, and always the same."""
-    if pattern is _X:
-        found.append(node)
-        return node is found[0]
-    if not isinstance(pattern, tuple):
-        return bool(node == pattern)
-    target, *args = pattern
-    fits = isinstance(node, fx.Node) and node.target is target and not node.kwargs and len(node.users) == 1
-    return fits and len(node.args) == len(args) and all(_match(n, p, found) for n, p in zip(node.args, args, strict=True))
+def _before_gelu(y: fx.Node) -> tuple[fx.Node | None, str]:
+    """x and which GELU, where y has the values of that of x, and nobody else takes what is between; else None."""
+    gelu = y.args[0] if y.target is _VIEW and len(y.users) == 1 else y
+    if not isinstance(gelu, fx.Node) or gelu.target is not torch.ops.aten.gelu.default or len(gelu.users) != 1:
+        return None, ""
+    return gelu.args[0], _GELUS[gelu.kwargs.get("approximate", "none")]  # type: ignore[return-value, index]
