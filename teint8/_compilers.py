@@ -8,7 +8,6 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, fx
@@ -26,7 +25,6 @@ def inductor(gm: Any, inputs: Any, mode: str | None, options: dict[str, Any], pa
     """
     from torch._inductor import config, list_mode_options
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
-    from torch._inductor.decomposition import select_decomp_table
     from torch._inductor.virtualized import V
 
     def inner(*args: Any, **kwargs: Any) -> Any:
@@ -45,28 +43,34 @@ def inductor(gm: Any, inputs: Any, mode: str | None, options: dict[str, Any], pa
     if together is None or patches.get("cpp_wrapper", config.cpp_wrapper):
         return compile_fx(gm, inputs, inner_compile=inner, config_patches=patches)
     patches["post_grad_custom_post_pass"] = together
-    with config.patch(patches):
-        table = select_decomp_table()
-    with _gelu_whole(table):
+    with _gelu_whole():
         return compile_fx(gm, inputs, inner_compile=inner, config_patches=patches)
 
 
 @contextlib.contextmanager
-def _gelu_whole(table: dict[Any, Callable[..., Any]]) -> Iterator[None]:
-    """A GELU on a CPU is not decomposed by Inductor's table: it is torch's own kernel, as in eager mode.
+def _gelu_whole() -> Iterator[None]:
+    """A GELU on a CPU is not decomposed by Inductor's tables: it is torch's own kernel, as in eager mode.
 
-    Inductor's is slower, and has other last bits. The table is edited, for another one that is handed to Inductor would keep it from
+    Inductor's is slower, and has other last bits. The tables are edited, for another one that is handed to Inductor would keep it from
     its cache, which knows these graphs by our pass. Seen on torch 2.11 and 2.13.
     """
+    from torch._inductor import decomposition
+
     gelu = torch.ops.aten.gelu.default
-    plain = table[gelu]
+    tables = decomposition.decompositions, decomposition.fast_random_decomps()
+    plain = tables[0][gelu]
 
     def whole(x: Tensor, *, approximate: str = "none") -> Any:
         return NotImplemented if x.device.type == "cpu" else plain(x, approximate=approximate)
 
     _calls_gelu()
-    with mock.patch.dict(table, {gelu: whole}):
+    try:
+        for table in tables:
+            table[gelu] = whole
         yield
+    finally:
+        for table in tables:
+            table[gelu] = plain
 
 
 @functools.cache
