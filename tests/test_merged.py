@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._inductor import custom_graph_pass
 from torch._inductor.utils import run_and_get_code
 
-from teint8 import Policy, te_int8_autocast
+from teint8 import Policy, _compilers, te_int8_autocast
 from teint8.compile import backend
 from teint8.ops.raw import int8_mm, quantize
 from teint8.ops.raw_linears import linears
@@ -141,6 +141,22 @@ def test_plain_inductor_keeps_its_own_gelu(random: bool) -> None:
     assert ".erf(" in theirs and "aten.gelu.default(" in code and ".erf(" not in code
     assert [different(y, want) for (y, _, _), want in zip(again, (plain, ours), strict=True)] == [0, 0]
     assert [hits for _, _, hits in again] == [1, 1]
+
+
+def test_the_gelu_of_other_devices_is_inductors() -> None:
+    from torch._inductor.decomposition import select_decomp_table
+
+    gelu = torch.ops.aten.gelu.default
+    before = select_decomp_table()[gelu]
+    for patched in (False, True):
+        with torch._inductor.config.patch(emulate_precision_casts=patched), _compilers._gelu_whole():
+            within = select_decomp_table()[gelu]
+            assert within(torch.ones(3)) is NotImplemented
+            for form in ("none", "tanh"):
+                assert within(torch.ones(3, device="meta"), approximate=form).device.type == "meta"
+    with pytest.raises(RuntimeError, match="within"), _compilers._gelu_whole():
+        raise RuntimeError("within")
+    assert select_decomp_table()[gelu] is before
 
 
 def test_a_gelu_in_a_checkpoint_is_computed_again() -> None:
