@@ -88,7 +88,7 @@ class te_int8_autocast(Again, KeepsCodes):
                 value = type(value).__name__ if isinstance(value, nn.Module) else value
                 raise TypeError(f"te_int8_autocast: {name} is {value!r}; True or False is needed{hint}")
         if policy is not None and not isinstance(policy, Policy):
-            raise TypeError(f"te_int8_autocast: policy is {policy!r}; a Policy is needed, such as Policy.training()")
+            raise TypeError(f"te_int8_autocast: policy is {policy!r}; a Policy is needed, such as Policy.qat(), the default")
         chosen = _QAT if policy is None else policy
         super().__init__(chosen if enabled else _FLOAT, strict and enabled, Receipt())
         self.policy_number = None if _torch.is_compiling() else _number(self.policy)

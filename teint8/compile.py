@@ -145,7 +145,7 @@ def _read(options: dict[str, Any]) -> tuple[_How, dict[str, Any]]:
     policy, training, strict, receipt, mode, params = (options.get(name) for name in _OURS)
     strict = False if strict is None else strict
     for name, value, kind, hint in (
-        ("policy", policy, Policy, "a Policy is needed, such as Policy.training()"),
+        ("policy", policy, Policy, "a Policy is needed, such as Policy.qat(), the default"),
         ("training", training, bool, "True, False or nothing is needed"),
         ("strict", strict, bool, "True or False is needed"),
         ("receipt", receipt, Receipt, "a teint8.Receipt() is needed, to be filled"),

@@ -227,7 +227,12 @@ class QTensor:
         Returns:
             A QTensor.
 
+        Raises:
+            TypeError: a dtype, which the codes cannot have.
+
         """
+        if isinstance(device, torch.dtype):
+            raise TypeError(f"QTensor.to: {device} given; codes stay int8, and to takes a device: dequantize().to({device}) gives floats")
         moved = (None if t is None else t.to(device) for t in (self.codes, self.scale, self.activation_scale))
         return QTensor(*moved, self.dtype, self.axis)  # type: ignore[arg-type,call-arg]
 

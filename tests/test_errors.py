@@ -81,7 +81,7 @@ CASES = {
     "one rule": (lambda: Policy(Rule()), TypeError, r"Policy\(\[Rule"),
     "rules that are none": (lambda: Policy(["*"]), TypeError, r"'\*' is not a Rule"),
     "rules that are no list": (lambda: Policy(3), TypeError, "a list of Rule"),
-    "policy by name": (lambda: teint8.quantize(MODEL, "qat"), TypeError, r"'qat'.*Policy\.training\(\)"),
+    "policy by name": (lambda: teint8.quantize(MODEL, "qat"), TypeError, r"'qat'.*Policy\.qat\(\)"),
     "nothing to quantize": (lambda: teint8.quantize(3), TypeError, "neither an nn.Module nor a function"),
     "training that is no bool": (lambda: te_int8_autocast("yes"), TypeError, "'yes'; True or False"),
     "decorator without parentheses": (lambda: te_int8_autocast(_strict), TypeError, r"@te_int8_autocast\(\)"),
@@ -110,6 +110,7 @@ CASES = {
     "QTensor axis": (lambda: QTensor(W.char(), torch.ones(7, 1), axis=0), ValueError, "axis is 0.*-1.*-2"),
     "QTensor of float codes": (lambda: QTensor(W, torch.ones(7, 1)), TypeError, "float32.*int8"),
     "QTensor of integers": (lambda: QTensor.quantize(W.int()), TypeError, "int32; a float weight"),
+    "QTensor to a dtype": (lambda: PACKED["0.weight"].to(torch.bfloat16), TypeError, r"bfloat16.*dequantize\(\)"),
     "static scale below 0": (lambda: PACKED["0.weight"].with_activation_scale(-1.0), ValueError, "-1.0.*positive"),
     "packed params in grad": (
         lambda: torch.func.grad(lambda p: QFN(p, X).sum())(PACKED), TypeError, r"packed.*unpack|float parameters"),

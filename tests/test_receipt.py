@@ -106,6 +106,16 @@ def test_plot() -> None:
         teint8.Receipt().plot()
 
 
+def test_a_receipt_of_no_call_says_nothing_of_rules() -> None:
+    """What ran in compiled code is not recorded: its rules may well have matched."""
+    with te_int8_autocast(policy=Policy([Rule("fc.*")])) as nothing:
+        pass
+    with te_int8_autocast(policy=Policy([Rule("fc.*")])) as other:
+        F.linear(torch.ones(2, 3), torch.ones(4, 3))
+    assert "no matmul was recorded" in str(nothing.receipt) and "no call matched" not in str(nothing.receipt)
+    assert str(other.receipt).endswith("no call matched Rule('fc.*')")
+
+
 def test_two_receipts_side_by_side() -> None:
     first = _receipt()
     second = _receipt(Policy([Rule("fc.*", weight=None), Rule("table", activation=None), Rule()]))

@@ -159,7 +159,7 @@ def quantize(module_or_fn: nn.Module | Callable[..., Any], policy: Policy | None
     """
     policy = Policy.qat() if policy is None else policy
     if not isinstance(policy, Policy):
-        raise TypeError(f"quantize: policy is {policy!r}; a Policy is needed, such as Policy.training()")
+        raise TypeError(f"quantize: policy is {policy!r}; a Policy is needed, such as Policy.qat(), the default")
     if isinstance(module_or_fn, nn.Module):
         call = functools.partial(call_module, module_or_fn)
     elif callable(module_or_fn):

@@ -195,7 +195,8 @@ class Receipt:
         return rows
 
     def _closing(self) -> list[str]:
-        return [f"{self.int8_calls} of {self.calls} calls ran in INT8", *(f"no call matched {rule!r}" for rule in self.unmatched)]
+        unmatched = self.unmatched if self.calls else ()  # what ran in compiled code may have matched
+        return [f"{self.int8_calls} of {self.calls} calls ran in INT8", *(f"no call matched {rule!r}" for rule in unmatched)]
 
     def __str__(self) -> str:
         rows = self._rows()
