@@ -232,7 +232,9 @@ class QTensor:
 
         """
         if isinstance(device, torch.dtype):
-            raise TypeError(f"QTensor.to: {device} given; codes stay int8, and to takes a device: dequantize().to({device}) gives floats")
+            raise TypeError(
+                f"QTensor.to: {device} given; codes stay int8, and to takes a device: dequantize().to({device}) gives floats"
+            )
         moved = (None if t is None else t.to(device) for t in (self.codes, self.scale, self.activation_scale))
         return QTensor(*moved, self.dtype, self.axis)  # type: ignore[arg-type,call-arg]
 
