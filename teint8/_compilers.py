@@ -6,6 +6,7 @@ Each with the versions it was seen on (2.11, 2.13) and a test.
 import contextlib
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -20,8 +21,8 @@ def inductor(gm: Any, inputs: Any, mode: str | None, options: dict[str, Any], pa
     """Compile a graph by Inductor with a mode of torch.compile's and options of Inductor's. Seen on torch 2.11 and 2.13.
 
     Values are rounded to their dtype where eager mode rounds them, unless the options say otherwise: what is quantized is the same.
-    ``passes`` edit the graph before the caller's own ``post_grad_custom_post_pass`` does, and a GELU on a CPU is torch's. Both are left
-    out where torch takes one pass alone (2.11) and the caller has one, and with the C++ wrapper.
+    ``passes`` edit the graph before the caller's own ``post_grad_custom_post_pass`` does, and GELU and LayerNorm on a CPU are torch's.
+    Both are left out where torch takes one pass alone (2.11) and the caller has one, and with the C++ wrapper.
     """
     from torch._inductor import config, list_mode_options
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
@@ -43,42 +44,54 @@ def inductor(gm: Any, inputs: Any, mode: str | None, options: dict[str, Any], pa
     if together is None or patches.get("cpp_wrapper", config.cpp_wrapper):
         return compile_fx(gm, inputs, inner_compile=inner, config_patches=patches)
     patches["post_grad_custom_post_pass"] = together
-    with _gelu_whole():
+    with _whole():
         return compile_fx(gm, inputs, inner_compile=inner, config_patches=patches)
 
 
-@contextlib.contextmanager
-def _gelu_whole() -> Iterator[None]:
-    """A GELU on a CPU is not decomposed by Inductor's tables: it is torch's own kernel, as in eager mode.
+_lock, _compiles = threading.Lock(), [0]
 
-    Inductor's is slower, and has other last bits. The tables are edited, for another one that is handed to Inductor would keep it from
-    its cache, which knows these graphs by our pass. Seen on torch 2.11 and 2.13.
+
+@contextlib.contextmanager
+def _whole() -> Iterator[None]:
+    """GELU and LayerNorm on a CPU are not decomposed by Inductor's tables: they are torch's own kernels, as in eager mode.
+
+    Inductor's have other last bits, and others again for a single row; its GELU is slower. The tables are edited, for another one that
+    is handed to Inductor would keep it from its cache, which knows these graphs by our pass. Seen on torch 2.11 and 2.13.
     """
     from torch._inductor import decomposition
 
-    gelu = torch.ops.aten.gelu.default
-    tables = decomposition.decompositions, decomposition.fast_random_decomps()
-    plain = tables[0][gelu]
-
-    def whole(x: Tensor, *, approximate: str = "none") -> Any:
-        return NotImplemented if x.device.type == "cpu" else plain(x, approximate=approximate)
-
-    _calls_gelu()
-    try:
+    tables, plain = (decomposition.decompositions, decomposition.fast_random_decomps()), _plain()
+    with _lock:  # whoever comes first edits, whoever leaves last mends
+        _compiles[0] += 1
         for table in tables:
-            table[gelu] = whole
+            table.update({op: functools.partial(_unless_whole, op) for op in plain})
+    try:
         yield
     finally:
-        for table in tables:
-            table[gelu] = plain
+        with _lock:
+            _compiles[0] -= 1
+            for table in tables if _compiles[0] == 0 else ():
+                table.update(plain)
+
+
+def _unless_whole(op: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    # what has no dimension is a value of a function that Inductor writes into a kernel, such as a score_mod of flex_attention
+    return NotImplemented if x.device.type == "cpu" and x.ndim > 0 else _plain()[op](x, *args, **kwargs)
 
 
 @functools.cache
-def _calls_gelu() -> None:
-    """Let Inductor call torch's GELU where a graph has one."""
-    from torch._inductor import lowering
+def _plain() -> dict[Any, Callable[..., Any]]:
+    """Inductor's own decompositions of what is left whole; it calls torch's kernels where a graph has such an op.
 
-    lowering.make_fallback(torch.ops.aten.gelu.default, warn=False, override_decomp=True)
+    With the strides that they have in eager mode: torch's GELU has other bits for other layouts.
+    """
+    from torch._inductor import decomposition, lowering
+
+    ops = torch.ops.aten.gelu.default, torch.ops.aten.native_layer_norm.default
+    plain = {op: decomposition.decompositions[op] for op in ops}
+    for op in ops:
+        lowering.make_fallback(op, layout_constraint=lowering.constrain_to_fx_strides, warn=False, override_decomp=True)
+    return plain
 
 
 def _passes(ours: Sequence[Callable[[fx.Graph], None]], theirs: Any) -> Any:

@@ -14,7 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from teint8 import _torch
 from teint8.ops import cpu
 from teint8.ops.shared import Shared
-from teint8.policy import Policy
+from teint8.policy import Policy, shown
 from teint8.transforms import callsite
 from teint8.transforms.again import Again
 from teint8.transforms.calls import HANDLERS
@@ -85,10 +85,10 @@ class te_int8_autocast(Again, KeepsCodes):
                 hint = "; as a decorator write @te_int8_autocast()" if callable(value) else ""
                 hint = "; the model is not an argument: call it inside of the context" if isinstance(value, nn.Module) else hint
                 hint = "; write te_int8_autocast(policy=...)" if isinstance(value, Policy) else hint
-                value = type(value).__name__ if isinstance(value, nn.Module) else value
-                raise TypeError(f"te_int8_autocast: {name} is {value!r}; True or False is needed{hint}")
+                text = type(value).__name__ if isinstance(value, nn.Module) else shown(value)
+                raise TypeError(f"te_int8_autocast: {name} is {text}; True or False is needed{hint}")
         if policy is not None and not isinstance(policy, Policy):
-            raise TypeError(f"te_int8_autocast: policy is {policy!r}; a Policy is needed, such as Policy.qat(), the default")
+            raise TypeError(f"te_int8_autocast: policy is {shown(policy)}; a Policy is needed, such as Policy.qat(), the default")
         chosen = _QAT if policy is None else policy
         super().__init__(chosen if enabled else _FLOAT, strict and enabled, Receipt())
         self.policy_number = None if _torch.is_compiling() else _number(self.policy)

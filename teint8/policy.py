@@ -303,6 +303,12 @@ class Policy:
         return "Policy([" + "".join(f"\n    {rule!r}," for rule in self.rules) + ("\n])" if self.rules else "])")
 
 
+def shown(value: object) -> str:
+    """A value for an error's message: its repr, or where that is long (a dict of tensors, a model) its type."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"of type {type(value).__name__}"
+
+
 def glob(pattern: str, path: str) -> bool:
     """Whether ``pattern`` matches the whole of ``path``; ``*`` stands for any run of characters.
 

@@ -83,6 +83,9 @@ CASES = {
     "rules that are no list": (lambda: Policy(3), TypeError, "a list of Rule"),
     "policy by name": (lambda: teint8.quantize(MODEL, "qat"), TypeError, r"'qat'.*Policy\.qat\(\)"),
     "nothing to quantize": (lambda: teint8.quantize(3), TypeError, "neither an nn.Module nor a function"),
+    "params for a module": (lambda: teint8.quantize(PARAMS), TypeError, "^quantize: what was given, of type dict, is neither"),
+    "params for a policy": (lambda: teint8.quantize(MODEL, PARAMS), TypeError, "^quantize: policy is of type dict; a Policy"),
+    "params for a context": (lambda: te_int8_autocast(PARAMS), TypeError, "training is of type dict; True or False is needed$"),
     "training that is no bool": (lambda: te_int8_autocast("yes"), TypeError, "'yes'; True or False"),
     "decorator without parentheses": (lambda: te_int8_autocast(_strict), TypeError, r"@te_int8_autocast\(\)"),
     "decorating a value": (lambda: te_int8_autocast()(3), TypeError, "3 cannot be decorated"),
@@ -120,6 +123,12 @@ CASES = {
         r"Rule\('2.wieght', weight=None\) \('2.wieght' is much like '2.weight'\); mend"),
     "misspelt rule alone": (
         lambda: teint8.quantize(MODEL, Policy([Rule("0.weigth")]), strict=True)(PARAMS, X), ValueError, "is much like '0.weight'"),
+    "misspelt rule, alone and unlike any path": (
+        lambda: teint8.quantize(MODEL, Policy([Rule("encoder.*")]), strict=True)(PARAMS, X), ValueError,
+        r"matched Rule\('encoder.\*'\); mend the path"),
+    "rule whose path is there but not for that op": (
+        lambda: _strict(Policy([Rule("0.*", ops=("conv",)), Rule()])), ValueError,
+        r"matched Rule\('0.\*', ops=\('conv',\)\); mend the path, the ops"),
     "rule that another one takes": (
         lambda: teint8.quantize(MODEL, Policy([Rule(), Rule("2.weight")]), strict=True)(PARAMS, X), ValueError,
         r"matched Rule\('2.weight'\); mend"),

@@ -143,20 +143,92 @@ def test_plain_inductor_keeps_its_own_gelu(random: bool) -> None:
     assert [hits for _, _, hits in again] == [1, 1]
 
 
-def test_the_gelu_of_other_devices_is_inductors() -> None:
+def test_what_is_whole_on_a_cpu_is_inductors_elsewhere() -> None:
     from torch._inductor.decomposition import select_decomp_table
 
-    gelu = torch.ops.aten.gelu.default
-    before = select_decomp_table()[gelu]
-    for patched in (False, True):
-        with torch._inductor.config.patch(emulate_precision_casts=patched), _compilers._gelu_whole():
-            within = select_decomp_table()[gelu]
-            assert within(torch.ones(3)) is NotImplemented
+    ops = torch.ops.aten.gelu.default, torch.ops.aten.native_layer_norm.default
+    before = [select_decomp_table()[op] for op in ops]
+    for casts in (False, True):
+        with torch._inductor.config.patch(emulate_precision_casts=casts), _compilers._whole():
+            gelu, norm = (select_decomp_table()[op] for op in ops)
+            assert gelu(torch.ones(3)) is NotImplemented and norm(torch.ones(2, 3), [3], None, None, 1e-5) is NotImplemented
+            assert gelu(torch.tensor(1.0)).shape == ()
             for form in ("none", "tanh"):
-                assert within(torch.ones(3, device="meta"), approximate=form).device.type == "meta"
-    with pytest.raises(RuntimeError, match="within"), _compilers._gelu_whole():
+                assert gelu(torch.ones(3, device="meta"), approximate=form).device.type == "meta"
+            assert norm(torch.ones(2, 3, device="meta"), [3], None, None, 1e-5)[0].shape == (2, 3)
+    with pytest.raises(RuntimeError, match="within"), _compilers._whole():
         raise RuntimeError("within")
-    assert select_decomp_table()[gelu] is before
+    first, second = _compilers._whole(), _compilers._whole()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert select_decomp_table()[ops[0]](torch.ones(3)) is NotImplemented
+    second.__exit__(None, None, None)
+    assert [select_decomp_table()[op] for op in ops] == before
+
+
+class Residual(nn.Module):
+    """A convolution with a GELU, and layers with norms, residuals and GELUs of many layouts."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.conv, self.up, self.down = nn.Conv1d(9, 9, 3, padding=1), nn.Linear(40, 71), nn.Linear(71, 24)
+        self.norm, self.square, self.what = nn.LayerNorm(40), nn.Linear(40, 40), what
+
+    def forward(self, x: Tensor) -> Tensor:
+        gelu = nn.functional.gelu
+        if self.what == "conv":
+            return gelu(self.conv(gelu(self.conv(x)))).transpose(1, 2).contiguous()
+        if self.what == "transposed":
+            x = x.transpose(0, 1)
+            return self.down(gelu(self.up(self.norm(x + gelu(x + self.square(x))))))  # type: ignore[no-any-return]
+        if self.what == "expanded":
+            return self.down(gelu(self.up(x[:1]).expand(4, -1, -1)))  # type: ignore[no-any-return]
+        h = self.up(self.norm(x + self.square(self.norm(x))))
+        return self.down(gelu({"plain": h, "sliced": h[:, 1:], "stepped": h[:, ::2], "flat": h.flatten(0, 1)}[self.what]))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("what", ["conv", "transposed", "expanded", "plain", "sliced", "stepped", "flat"])
+def test_layouts_and_norms_have_the_bits_of_eager_mode(what: str, dtype: torch.dtype) -> None:
+    """In training, in serving, and for a row alone; torch's GELU itself has other last bits for other layouts."""
+    model, x = Residual(what).to(dtype), torch.randn(5, 9, 40, dtype=dtype)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)
+    trained = compiled(x)
+    with torch.no_grad():
+        served, alone = compiled(x), compiled(x[:1])
+        with te_int8_autocast(training=False):
+            want, row = model(x), model(x[:1])
+    assert want.isfinite().all() and [different(y, want) for y in (trained, served)] == [0, 0] and different(alone, row) == 0
+
+
+@pytest.mark.parametrize("norm_first,activation", [(False, "relu"), (True, "gelu")])
+def test_an_encoder_has_the_bits_of_eager_mode(norm_first: bool, activation: str) -> None:
+    layer = nn.TransformerEncoderLayer(48, 4, 96, 0.0, activation, batch_first=True, norm_first=norm_first)
+    model = nn.TransformerEncoder(layer, 3, nn.LayerNorm(48), enable_nested_tensor=False)
+    x = torch.randn(4, 19, 48)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)
+    trained = compiled(x)
+    with te_int8_autocast():
+        want = model(x)
+    with torch.no_grad():
+        served, alone = compiled(x), compiled(x[2:3])
+    assert want.isfinite().all() and [different(y, want) for y in (trained, served)] == [0, 0] and different(alone, want[2:3]) == 0
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_a_gelu_in_flex_attention_is_inductors() -> None:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return flex_attention(q, k, v, score_mod=lambda score, *_: nn.functional.gelu(score))  # type: ignore[return-value]
+
+    q, k, v = torch.randn(3, 1, 2, 128, 16)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        assert torch.allclose(torch.compile(attend, backend=backend, fullgraph=True)(q, k, v), attend(q, k, v), atol=1e-5)
 
 
 def test_a_gelu_in_a_checkpoint_is_computed_again() -> None:

@@ -52,6 +52,20 @@ def test_packed_equals_float_bit_for_bit(dtype: torch.dtype, device: str) -> Non
     assert len(weights) == 37 and ratio <= 0.26
 
 
+def test_compiled_has_the_bits_of_eager_mode() -> None:
+    """On a CPU: in training, in serving, of a sentence alone, in float32. What lies between the matmuls there is torch's own."""
+    model, _ = minilm.load()
+    ids = torch.randint(1000, 20000, (4, 32))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="teint8", fullgraph=True, dynamic=False)
+    trained = compiled(input_ids=ids).last_hidden_state
+    with torch.no_grad():
+        served, alone = (compiled(input_ids=i).last_hidden_state for i in (ids, ids[:1]))
+        with te_int8_autocast(training=False):
+            want = model(input_ids=ids).last_hidden_state
+    assert different(trained, want) == different(served, want) == different(alone, want[:1]) == 0
+
+
 def test_linears_are_batch_invariant(device: str) -> None:
     model, _ = minilm.load(device)
     layer = model.encoder.layer[0]

@@ -92,8 +92,13 @@ _GELUS = {"none": "gelu", "tanh": "gelu_tanh"}
 
 
 def _before_gelu(y: fx.Node) -> tuple[fx.Node | None, str]:
-    """x and which GELU, where y has the values of that of x, and nobody else takes what is between; else None."""
+    """x and which GELU, where y has the values of that of x, and nobody else takes what is between; else None.
+
+    Where x is not contiguous torch's kernel has other last bits than ``linears``, which writes rows.
+    """
     gelu = y.args[0] if y.target is _VIEW and len(y.users) == 1 else y
     if not isinstance(gelu, fx.Node) or gelu.target is not torch.ops.aten.gelu.default or len(gelu.users) != 1:
+        return None, ""
+    if not gelu.args[0].meta["val"].is_contiguous():  # type: ignore[union-attr]
         return None, ""
     return gelu.args[0], _GELUS[gelu.kwargs.get("approximate", "none")]  # type: ignore[return-value, index]

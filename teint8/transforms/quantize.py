@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from teint8 import _torch
 from teint8.conditioning import Conditioned
 from teint8.ops.shared import Shared
-from teint8.policy import Policy
+from teint8.policy import Policy, shown
 from teint8.qtensor import QTensor
 from teint8.transforms.operands import Operand
 from teint8.transforms.receipt import Receipt
@@ -159,13 +159,13 @@ def quantize(module_or_fn: nn.Module | Callable[..., Any], policy: Policy | None
     """
     policy = Policy.qat() if policy is None else policy
     if not isinstance(policy, Policy):
-        raise TypeError(f"quantize: policy is {policy!r}; a Policy is needed, such as Policy.qat(), the default")
+        raise TypeError(f"quantize: policy is {shown(policy)}; a Policy is needed, such as Policy.qat(), the default")
     if isinstance(module_or_fn, nn.Module):
         call = functools.partial(call_module, module_or_fn)
     elif callable(module_or_fn):
         call = functools.partial(_call_function, module_or_fn)
     else:
-        raise TypeError(f"quantize: {module_or_fn!r} is neither an nn.Module nor a function")
+        raise TypeError(f"quantize: what was given, {shown(module_or_fn)}, is neither an nn.Module nor a function")
 
     def qfn(params: Any, *args: Any, **kwargs: Any) -> Any:
         route = BoundRoute(policy, strict, None)

@@ -170,7 +170,7 @@ class Route(Recording, TorchFunctionMode):
         if not self.strict or not unmatched:
             return
         what = f"strict: no call matched {', '.join(map(repr, unmatched))}{self._near(unmatched)}"
-        if not self.matched:
+        if not self.matched and not self.paths:
             raise ValueError(
                 f"{what}: no matmul was seen that a rule is for. Other layers are not quantized, and compiled code is not seen: "
                 "compile teint8.quantize(model, policy, strict=True), or leave strict off"
@@ -184,7 +184,7 @@ class Route(Recording, TorchFunctionMode):
         """For an error: the paths of weights and of their modules that are most like those of rules."""
         known = sorted(self.paths | {path.rpartition(".")[0] for path in self.paths} - {""})
         # a path that is there is not misspelt: another rule came first, or the ops are others
-        close = [(r.path, difflib.get_close_matches(r.path, known, 1)) for r in rules if r.path not in known]
+        close = [(r.path, difflib.get_close_matches(r.path, known, 1)) for r in rules if r.path.removesuffix(".*") not in known]
         found = [f"{path!r} is much like {near[0]!r}" for path, near in close if near]
         return f" ({'; '.join(found)})" if found else ""
 
