@@ -16,7 +16,8 @@ from teint8.ops.registry import Problem
 _library = torch.library.Library("teint8", "FRAGMENT")
 _library.define("linears(Tensor x, Tensor[] w_codes, Tensor[] w_scales, Tensor?[] biases, str activation) -> Tensor[]")
 
-_FORMS = {"": "", "gelu": "none", "gelu_tanh": "tanh"}
+FORMS = {"": "", "gelu": "none", "gelu_tanh": "tanh"}
+"""What ``activation`` may be, and which of torch's forms of GELU that is."""
 
 
 def linears(
@@ -44,11 +45,11 @@ def linears(
 
     """
     _check(x, w_codes, w_scales, biases)
-    if activation not in _FORMS:
-        raise ValueError(f"linears: activation is {activation!r}; one of {list(_FORMS)} is needed")
+    if activation not in FORMS:
+        raise ValueError(f"linears: activation is {activation!r}; one of {list(FORMS)} is needed")
     if activation and x.numel() > 0:
         memory = cpu.results(x.shape[0], x.shape[1], x.dtype)  # fresh memory would take as long as the activation
-        x = torch.ops.aten.gelu.out(x.detach(), approximate=_FORMS[activation], out=memory)
+        x = torch.ops.aten.gelu.out(x.detach(), approximate=FORMS[activation], out=memory)
     weights = list(zip(w_codes, w_scales, biases, strict=True))
     (m, k), sizes = x.shape, [w.shape[0] for w in w_codes]
     if 0 not in (m, k, *sizes):

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from teint8 import _compilers
-from teint8.ops import raw_linears  # noqa: F401  defines the op
+from teint8.ops import raw_linears
 from teint8.ops.raw import NAMES
 
 
@@ -88,7 +88,7 @@ def _late(matmuls: list[fx.Node], order: dict[fx.Node, int]) -> set[fx.Node] | N
 
 
 _VIEW = torch.ops.aten.reshape.default
-_GELUS = {"none": "gelu", "tanh": "gelu_tanh"}
+_GELUS = {form: name for name, form in raw_linears.FORMS.items() if name}
 
 
 def _before_gelu(y: fx.Node) -> tuple[fx.Node | None, str]:
