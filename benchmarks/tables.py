@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from common import RESULTS
-from quoted import FIGURES, rows_of, times
+from quoted import FIGURES, H200, rows_of, times, value
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", *sorted(p for p in (ROOT / "docs").rglob("*.md") if "notebooks" not in p.parts))
@@ -57,9 +57,9 @@ def cell(value: Any) -> str:
     return str(value)
 
 
-def table(name: str) -> str:
+def table(name: str, folder: pathlib.Path) -> str:
     """One benchmark: what it measures, where and when, and all of its rows. Lists (curves) are left to the plots."""
-    found = json.loads((RESULTS / f"{name}.json").read_text())
+    found = json.loads((folder / f"{name}.json").read_text())
     rows = [{k: v for k, v in row.items() if not isinstance(v, (list, dict))} for row in found["rows"]]
     columns = list(rows[0])
     versions = [f"{package} {found[package.lower()]}" for package in ("torch", "Triton") if found.get(package.lower())]
@@ -74,9 +74,9 @@ def table(name: str) -> str:
     return "\n".join(lines)
 
 
-def render() -> str:
+def render(folder: pathlib.Path = RESULTS) -> str:
     """All tables that have results."""
-    return "\n\n".join(table(name) for name in NAMES if (RESULTS / f"{name}.json").exists())
+    return "\n\n".join(table(name, folder) for name in NAMES if (folder / f"{name}.json").exists())
 
 
 def _gemm() -> list[list[str]]:
@@ -177,10 +177,31 @@ def _headline() -> list[list[str]]:
     ]
 
 
+def _cards() -> list[list[str]]:
+    """What there is of two cards: name of the benchmark, column, row."""
+    wanted: list[tuple[str, str, str, dict[str, Any]]] = [
+        ("matmul 8192 cubed, to cuBLAS bf16", "gemm", "to bf16", {"M": 8192, "N": 8192}),
+        ("the same, to cuBLAS FP8", "gemm", "to fp8", {"M": 8192, "N": 8192}),
+        ("SwiGLU MLP forward, 16384 tokens, fused", "mlp", "to compiled", {"tokens": 16384, "way": "int8 fused"}),
+        ("SwiGLU MLP, one token, CUDA graphs", "decode", "to bf16", {"tokens": 1, "way": "int8 fused"}),
+        ("training step, 16384 tokens, all matmuls INT8", "train_step", "to bf16 compiled", {"tokens": 16384, "step": "int8 fused"}),
+        ("compiled: MLP forward, 16384 tokens", "compile", "to bf16 compiled", {"work": "MLP forward, 16384 tokens"}),
+        ("compiled: MLP step, 16384 tokens", "compile", "to bf16 compiled", {"work": "MLP step, 16384 tokens"}),
+        ("compiled: Llama block forward, 16384 tokens", "compile", "to bf16 compiled", {"work": "block forward, 16384 tokens"}),
+        ("compiled: Llama block step, 16384 tokens", "compile", "to bf16 compiled", {"work": "block step, 16384 tokens"}),
+        ("compiled: 8 MLPs in a row, one token", "compile", "to bf16 compiled", {"work": "8 MLPs in a row, 1 token, reduce-overhead"}),
+    ]
+    rows = []
+    for work, name, column, which in wanted:
+        which |= {"way": "int8 compiled"} if name == "compile" else {}
+        rows.append([work, *(times(value(name, column, folder, **which)) for folder in (RESULTS, H200))])
+    return [["to bf16, compiled where it can be", "H100", "H200"], *rows]
+
+
 TABLES: dict[str, Callable[[], list[list[str]]]] = {
     "headline": _headline, "gemm": _gemm, "inference": _inference, "decode": _decode, "training": _training, "curves": _curves,
     "cpu": _cpu, "efficientnet": _efficientnet, "qat": _qat, "compiled": _compiled, "accuracy": _accuracy, "rounding": _rounding,
-    "lora": _lora,
+    "lora": _lora, "cards": _cards,
 }  # fmt: skip
 """The tables of pages by the name in their markers, their first rows the heads."""
 
@@ -190,8 +211,8 @@ _FIGURE = re.compile(r"<!-- f:(\w+) -->.*?<!-- / -->", re.DOTALL)
 
 def _table_of(found: re.Match[str]) -> str:
     name = found[1]
-    if name == "tables":
-        body = render()
+    if name in ("tables", "tables_h200"):
+        body = render(RESULTS if name == "tables" else H200)
     else:
         head, *rows = ["| " + " | ".join(cells) + " |" for cells in _known(TABLES, name)()]
         body = "\n".join([head, "|" + "---|" * (head.count(" | ") + 1), *rows])

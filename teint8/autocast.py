@@ -17,7 +17,9 @@ from teint8.ops.shared import Shared
 from teint8.policy import Policy, shown
 from teint8.transforms import callsite
 from teint8.transforms.again import Again
+from teint8.transforms.again_conv import ConvolvesAgain
 from teint8.transforms.calls import HANDLERS
+from teint8.transforms.convolutions import CONVOLUTIONS
 from teint8.transforms.held import Held, all_entries, forget_all, held_of
 from teint8.transforms.operands import Operand
 from teint8.transforms.receipt import Receipt
@@ -44,7 +46,7 @@ def _outside_of_dynamo(route: Route, func: Any, types: Any, args: Any, kwargs: A
     return Route.__torch_function__(route, func, types, args, kwargs)
 
 
-class te_int8_autocast(Again, KeepsCodes):
+class te_int8_autocast(Again, ConvolvesAgain, KeepsCodes):
     """Run matmuls in INT8 inside a ``with`` block, or in a decorated function; the model is not an argument and is not edited.
 
     Args:
@@ -143,6 +145,10 @@ class te_int8_autocast(Again, KeepsCodes):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _LINEAR and self.quick is not None and not _torch.is_compiling() and not kwargs:
             y = self._again(*args)
+            if y is not None:
+                return y
+        if self.quick is not None and func in CONVOLUTIONS and not _torch.is_compiling() and not kwargs:
+            y = self.convolve_again(func, args)
             if y is not None:
                 return y
         if self.paths_matter and func in HANDLERS:

@@ -125,6 +125,10 @@ class Rule:
             raise ValueError(f"Rule: gradient={self.gradient!r}; gradients are quantized by row or block: Quant(granularity='row')")
         if self.gradient is not None and self.activation is None:
             raise ValueError("Rule: gradient is given but activation is None; an INT8 backward needs INT8 activations")
+        if self.gradient is None and self.wgrad == "float":
+            raise ValueError(
+                "Rule: wgrad='float' has no meaning without a gradient, for the whole backward is float; add gradient=Quant()"
+            )
 
     def _check_blocks(self) -> None:
         blocks = {q.block for q in (self.weight, self.activation, self.gradient) if q is not None and q.granularity == "block"}

@@ -87,6 +87,8 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 SETTINGS = settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
+PARTS = 8  # of 500 cases, for as many processes: on a GPU a case compiles kernels
+PART = settings(SETTINGS, max_examples=-(-500 // PARTS))
 
 
 def fake(x: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -149,9 +151,10 @@ def _operands(case: Case, device: str) -> tuple:
 
 
 @pytest.mark.usefixtures("poisoned")
-@SETTINGS
+@pytest.mark.parametrize("part", range(PARTS))
+@PART
 @given(case=cases())
-def test_every_implementation_has_the_bits_of_the_reference(case: Case) -> None:
+def test_every_implementation_has_the_bits_of_the_reference(part: int, case: Case) -> None:
     device = "cuda" if CUDA else "cpu"
     padding = tuple(p if i % 2 else q for p, q in zip(case.padding, (2, -1, 0), strict=False) for i in range(2))
     window = Window(case.stride, padding, case.dilation, case.groups)

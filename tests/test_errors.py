@@ -17,11 +17,25 @@ PACKED = teint8.pack(QFN, PARAMS)
 X = torch.randn(5, 24)
 W = torch.randn(7, 24)
 STATIC = Policy([Rule(activation=Quant(scale="static"))])
+CODES = ops.quantize(X)[0]
 
 
 def _strict(policy: Policy, model: nn.Module = MODEL, x: torch.Tensor = X) -> None:
     with te_int8_autocast(policy=policy, strict=True):
         model(x)
+
+
+def _mm(
+    x_codes: torch.Tensor = CODES,
+    x_scale: torch.Tensor | None = None,
+    w_codes: torch.Tensor = CODES,
+    w_scale: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """A matmul of codes, all else as fits."""
+    scales = [torch.ones(q.shape[:-1]) if s is None else s for q, s in ((x_codes, x_scale), (w_codes, w_scale))]
+    ops.int8_mm(x_codes, scales[0], w_codes, scales[1], bias, dtype)
 
 
 def _meta() -> None:
@@ -57,6 +71,13 @@ CASES = {
     "a scale for other rows": (lambda: ops.quantize(X, scale=torch.ones(4)), ValueError, r"\(4,\).*\(5, 24\).*\(5,\)"),
     "more dimensions than there are": (lambda: ops.quantize(X, group_dims=3), ValueError, r"3.*\(5, 24\).*1 to 2"),
     "an op that there is not": (lambda: ops.implementations("int4_mm"), ValueError, "'int4_mm'.*'int8_mm'"),
+    "codes of another K": (lambda: _mm(w_codes=CODES[:, :8]), ValueError, r"\(5, 24\), and w_codes \(5, 8\); .* are needed"),
+    "a batch of codes for another": (lambda: _mm(CODES.expand(2, 5, 24), w_codes=CODES.expand(3, 5, 24)), ValueError, r"\(B, N, K\)"),
+    "scales of too few rows": (lambda: _mm(x_scale=torch.ones(4)), ValueError, r"x_scale has shape \(4,\); \(5,\) is needed"),
+    "scales of too few channels": (lambda: _mm(w_scale=torch.ones(1)), ValueError, r"w_scale has shape \(1,\); \(5,\) is needed"),
+    "a bias of too few channels": (lambda: _mm(bias=torch.ones(3)), ValueError, r"bias has shape \(3,\); \(5,\) is needed"),
+    "floats for codes": (lambda: _mm(X), TypeError, "float32 and torch.int8; torch.int8 is needed"),
+    "integers as a result": (lambda: _mm(dtype=torch.int32), TypeError, "dtype is torch.int32; one of torch.float16"),
     "weight of integers": (lambda: ops.linear(X, W.int()), TypeError, "weight has dtype torch.int32.*QTensor"),
     "weight of one dimension": (lambda: ops.linear(X, W[0]), ValueError, r"weight has \(24,\).*\(N, K\)"),
     "bias of the wrong length": (lambda: ops.linear(X, W, torch.zeros(8)), ValueError, r"\(8,\).*\(7,\) is needed"),
@@ -69,6 +90,7 @@ CASES = {
     "unknown rounding": (lambda: Quant(rounding="up"), ValueError, "'up'.*'nearest', 'stochastic'"),
     "static weight": (lambda: Rule(weight=Quant(scale="static")), ValueError, "only activations"),
     "stochastic activation": (lambda: Rule(activation=Quant(rounding="stochastic")), ValueError, "only gradients"),
+    "no backward in INT8, but a float part of it": (lambda: Rule(wgrad="float"), ValueError, r"add gradient=Quant\(\)"),
     "gradient by tensor": (lambda: Rule(gradient=Quant("tensor")), ValueError, r"Quant\(granularity='row'\)"),
     "gradient without activation": (lambda: Rule(activation=None, gradient=Quant()), ValueError, "needs INT8 activations"),
     "unknown compute": (lambda: Rule(compute="fp8"), ValueError, "'fp8'.*'int8', 'simulate'"),

@@ -167,13 +167,17 @@ class _Sizes(NamedTuple):
 
 
 @functools.lru_cache(4096)
-def _three(sizes: tuple[int, ...], kernel: tuple[int, ...], out: tuple[int, ...], window: Any) -> _Sizes:
+def _three(sizes: tuple[int, ...], kernel: tuple[int, ...], window: Any) -> tuple[_Sizes, tuple[int, ...]]:
+    """Three dimensions, and the spatial sizes of the result as they are; worked out once for each, for the host's sake."""
+    out = window.out(sizes, kernel)
+
     def full(values: Any, fill: int) -> tuple[int, ...]:
         return (fill,) * (3 - len(values)) + tuple(values)
 
-    return _Sizes(
+    whole = _Sizes(
         full(sizes, 1), full(out, 1), full(kernel, 1), full(window.stride, 1), full(window.padding[::2], 0), full(window.dilation, 1)
     )
+    return whole, out
 
 
 def conv(
@@ -193,9 +197,7 @@ def conv(
         config: overrides the table; no result depends on it.
 
     """
-    sizes, kernel = xq.shape[1:-1], wq.shape[1:-1]
-    out = window.out(sizes, kernel)
-    s = _three(sizes, kernel, out, window)
+    s, out = _three(xq.shape[1:-1], wq.shape[1:-1], window)
     g, n_all, c = window.groups, wq.shape[0], wq.shape[-1]
     n, device = n_all // g, xq.device
     m = xq.shape[0] * math.prod(s.out)

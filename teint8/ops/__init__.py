@@ -10,7 +10,8 @@ from teint8.ops.grouped import grouped_linear
 from teint8.ops.linear import linear
 from teint8.ops.mlp import gated_mlp, merged_linear, mlp
 from teint8.ops.norm import norm, norm_linear
-from teint8.ops.raw import int8_mm, quantize
+from teint8.ops.raw import checked_int8_mm as int8_mm
+from teint8.ops.raw import quantize
 from teint8.ops.raw_both import quantize_both
 from teint8.ops.registry import Implementation, Problem, describe, implementations, register, select
 

@@ -80,14 +80,14 @@ def conv(
     packed = weight if isinstance(weight, QTensor) else None
     w: Any = None if packed is not None else weight
     _check(x, weight, bias, groups, transposed, dtype)
-    shape, odd, _, pointwise = _geometry(x, weight, stride, padding, dilation, groups, transposed, output_padding)
+    shape, odd, _, pointwise = geometry(x, weight, stride, padding, dilation, groups, transposed, output_padding)
     if any(odd):  # "same" pads one side more than the other
         x = torch.nn.functional.pad(x, [p for o in reversed(odd) for p in (0, o)])
     dtype = dtype or x.dtype
     if pointwise:
         flat: Any = w.flatten(1) if packed is None else _flat(packed)
         y = linear(
-            _strided(x, shape.stride).movedim(1, -1), flat, bias, impl=impl, dtype=dtype,
+            strided(x, shape.stride).movedim(1, -1), flat, bias, impl=impl, dtype=dtype,
             weight_granularity=weight_granularity, activation=activation, static=static, activation_scale=activation_scale,
             gradient=gradient, wgrad=wgrad,
         ).movedim(-1, 1)  # fmt: skip
@@ -128,7 +128,7 @@ class _Geometry(NamedTuple):
     pointwise: bool
 
 
-def _geometry(x: Tensor, weight: Tensor | QTensor, stride: Any, padding: Any, dilation: Any, *others: Any) -> _Geometry:
+def geometry(x: Tensor, weight: Tensor | QTensor, stride: Any, padding: Any, dilation: Any, *others: Any) -> _Geometry:
     """That of a call; worked out once for each, for in eager mode that takes as long as a kernel. ValueError where nothing fits."""
     how: Any = [tuple(v) if isinstance(v, list) else v for v in (stride, padding, dilation, *others)]
     if _torch.is_compiling():  # sizes may be symbols
@@ -178,16 +178,16 @@ def conv_problem(
 
     """
     _check_shapes(x, weight, bias, groups, transposed)
-    geometry = _geometry(x, weight, stride, padding, dilation, groups, transposed, output_padding)
+    found = geometry(x, weight, stride, padding, dilation, groups, transposed, output_padding)
     kernel = weight.shape[2:]
-    op = "int8_mm" if geometry.pointwise else "conv"
+    op = "int8_mm" if found.pointwise else "conv"
     n, c = (weight.shape[1], weight.shape[0] // groups) if transposed else (weight.shape[0] // groups, weight.shape[1])
-    m = x.shape[0] * math.prod(geometry.out)
+    m = x.shape[0] * math.prod(found.out)
     extra = (len(kernel), c) if op == "conv" else ()
     return op, Problem(x.device.type, dtype, groups, m, n, c * math.prod(kernel), extra)
 
 
-def _strided(x: Tensor, stride: Sequence[int]) -> Tensor:
+def strided(x: Tensor, stride: Sequence[int]) -> Tensor:
     """Every pixel that a window of one pixel sees."""
     for i, step in enumerate(stride, 2):
         x = x if step == 1 else x[(slice(None),) * i + (slice(None, None, step),)]

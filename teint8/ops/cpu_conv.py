@@ -1,6 +1,8 @@
 """CPU implementations of convolutions: windows and depthwise products in C, where a compiler is at hand."""
 
+import functools
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +22,21 @@ def _in_two(sizes: tuple[int, ...], fill: int) -> tuple[int, int]:
     return (fill, sizes[0]) if len(sizes) == 1 else (sizes[0], sizes[1])
 
 
-def _where(window: Window) -> tuple[tuple[int, int], ...]:
-    return _in_two(window.stride, 1), _in_two(window.padding[::2], 0), _in_two(window.dilation, 1)
+class _Flat(NamedTuple):
+    """A convolution as one of images: spatial sizes of the result as they are, and in two dimensions with those of the kernel."""
+
+    out: tuple[int, ...]
+    size: tuple[int, int]
+    kernel: tuple[int, int]
+    where: tuple[tuple[int, int], ...]
+
+
+@functools.lru_cache(4096)
+def _flat(sizes: tuple[int, ...], kernel: tuple[int, ...], window: Window) -> _Flat:
+    """Worked out once for each: for a small image it takes as long as its convolution."""
+    out = window.out(sizes, kernel)
+    where = _in_two(window.stride, 1), _in_two(window.padding[::2], 0), _in_two(window.dilation, 1)
+    return _Flat(out, _in_two(out, 1), _in_two(kernel, 1), where)
 
 
 def _in_images(xq: Tensor) -> Tensor:
@@ -35,22 +50,25 @@ def _float32(bias: Tensor | None) -> Tensor | None:
 
 def _conv_c(xq: Tensor, xs: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None, window: Window, dtype: torch.dtype) -> Tensor:
     """What windows see as rows of codes, some samples at a time, by the best matmul."""
-    out = window.out(xq.shape[1:-1], wq.shape[1:-1])
-    kernel, size = _in_two(wq.shape[1:-1], 1), _in_two(out, 1)
-    x, n, k = _in_images(xq), wq.shape[0], wq[0].numel()
-    pixels = size[0] * size[1]
+    flat = _flat(xq.shape[1:-1], wq.shape[1:-1], window)
+    x, n = _in_images(xq), wq.shape[0]
+    w = wq.reshape(n, -1)
+    pixels, batch, k = flat.size[0] * flat.size[1], x.shape[0], w.shape[1]
     each = max(_CHUNK // (pixels * k), 1)
     parts = []
-    for i in range(0, x.shape[0], each):
-        some = x[i : i + each]
+    for i in range(0, batch, each):
+        some, scales = (x, xs) if each >= batch else (x[i : i + each], xs[i : i + each])
         rows = torch.empty(some.shape[0] * pixels, k, dtype=torch.int8)
-        cpu_rows.windows(some, rows, kernel, size, *_where(window))
-        scales = xs[i : i + each].expand(-1, pixels).reshape(1, -1)
-        run = registry.select("int8_mm", Problem("cpu", dtype, 1, rows.shape[0], n, k)).run
-        b = None if bias is None else bias.unsqueeze(0)
-        parts.append(run(rows.unsqueeze(0), scales, wq.reshape(1, n, k), ws.unsqueeze(0), b, dtype))
-    y = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-    return y.view(x.shape[0], *out, n)
+        cpu_rows.windows(some, rows, flat.kernel, flat.size, *flat.where)
+        scales = scales.expand(-1, pixels).reshape(-1)
+        best = registry.select("int8_mm", Problem("cpu", dtype, 1, rows.shape[0], n, k))
+        if best.flat:
+            parts.append(best.run(rows, scales, w, ws, bias, dtype))
+        else:
+            b = None if bias is None else bias.unsqueeze(0)
+            parts.append(best.run(rows.unsqueeze(0), scales.unsqueeze(0), w.unsqueeze(0), ws.unsqueeze(0), b, dtype).squeeze(0))
+    y = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return y.view(batch, *flat.out, n)
 
 
 def _grouped_c(xq: Tensor, xs: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None, window: Window, dtype: torch.dtype) -> Tensor:
@@ -68,13 +86,13 @@ def _grouped_c(xq: Tensor, xs: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | No
 
 def _depthwise(xq: Tensor, xs: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None, window: Window, dtype: torch.dtype) -> Tensor:
     """A kernel for each channel."""
-    out = window.out(xq.shape[1:-1], wq.shape[1:-1])
+    flat = _flat(xq.shape[1:-1], wq.shape[1:-1], window)
     x, channels = _in_images(xq), wq.shape[0]
-    made = results(x.shape[0] * math.prod(out), channels, dtype).view(x.shape[0], *_in_two(out, 1), channels)
+    made = results(x.shape[0] * math.prod(flat.out), channels, dtype).view(x.shape[0], *flat.size, channels)
     taps = wq.reshape(channels, -1).t().contiguous()
     scales = xs.repeat_interleave(channels // xs.shape[1], 1)
-    cpu_rows.depthwise(x, scales, taps, ws.contiguous(), _float32(bias), made, _in_two(wq.shape[1:-1], 1), *_where(window))
-    return made.view(x.shape[0], *out, channels)
+    cpu_rows.depthwise(x, scales, taps, ws.contiguous(), _float32(bias), made, flat.kernel, *flat.where)
+    return made.view(x.shape[0], *flat.out, channels)
 
 
 def _channels(x: Tensor) -> tuple[Tensor, Tensor]:

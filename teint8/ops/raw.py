@@ -3,6 +3,7 @@
 Derivatives are in ``ops/linear.py``, on top of these: an op of torch.library with an autograd formula does not work under torch.func.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -100,7 +101,8 @@ def int8_mm(
         (..., N) or (B, M, N).
 
     Raises:
-        ValueError: ``impl`` is unknown or cannot run this; the message gives the reason.
+        TypeError: codes that are no int8, or another dtype for the result.
+        ValueError: shapes that do not fit, or an ``impl`` that is unknown or cannot run this; the message gives the reason.
 
     Examples:
         >>> codes, scale = quantize(torch.tensor([[1.0, 2.0]]))
@@ -112,6 +114,29 @@ def int8_mm(
         return _int8_mm(x_codes, x_scale, w_codes, w_scale, bias, dtype, impl)
     y: Tensor = torch.ops.teint8.int8_mm(x_codes, x_scale, w_codes, w_scale, bias, NAMES[dtype], impl)
     return y
+
+
+@functools.wraps(int8_mm)  # what teint8.ops exports; our own calls are of what was checked before
+def checked_int8_mm(
+    x_codes: Tensor, x_scale: Tensor, w_codes: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype, impl: str = ""
+) -> Tensor:
+    """``int8_mm`` of what was looked at first."""
+    x, w = x_codes.shape, w_codes.shape
+    if x_codes.dtype is not torch.int8 or w_codes.dtype is not torch.int8:
+        raise TypeError(f"int8_mm: codes are {x_codes.dtype} and {w_codes.dtype}; torch.int8 is needed, as quantize gives it")
+    if dtype not in NAMES:
+        raise TypeError(f"int8_mm: dtype is {dtype}; one of {', '.join(map(str, NAMES))} is needed")
+    if x[-1:] != w[-1:] or len(w) not in (2, 3) or (len(w) == 3 and (len(x) != 3 or x[0] != w[0])):
+        raise ValueError(
+            f"int8_mm: x_codes has shape {tuple(x)}, and w_codes {tuple(w)}; (..., K) and (N, K) are needed, or (B, M, K) and (B, N, K)"
+        )
+    named = ("x_scale", x_scale, x[:-1]), ("w_scale", w_scale, w[:-1]), ("bias", w_scale if bias is None else bias, w[:-1])
+    for name, t, shape in named:
+        if t.shape != shape:
+            raise ValueError(
+                f"int8_mm: {name} has shape {tuple(t.shape)}; {tuple(shape)} is needed, as codes are {tuple(x)} and {tuple(w)}"
+            )
+    return int8_mm(x_codes, x_scale, w_codes, w_scale, bias, dtype, impl)
 
 
 def int8_mm_add(

@@ -8,9 +8,10 @@ from torch import Tensor
 from teint8 import _torch, ops
 from teint8.ops import registry
 from teint8.policy import Rule
+from teint8.transforms.costs import bytes_of
 from teint8.transforms.held import Plan, Quick
 from teint8.transforms.operands import Operand
-from teint8.transforms.reasons import mode_of
+from teint8.transforms.reasons import kernel_of, mode_of, ran_as_of
 from teint8.transforms.route import Route
 
 
@@ -48,7 +49,7 @@ class Again(Route):
         self._remember(plan, op, x, weight, bias)
         self.matched.add(plan.rule)
         if self.receipt is not None:
-            self.receipt.add(plan.fields)
+            self.receipt.add(*plan.line)
         codes, scale = held.get(owner, -1, plan.granularity).rows()
         y = plan.implementation.run(x.reshape(-1, x.shape[-1]), codes, scale, bias, x.dtype)
         return y.view(*x.shape[:-1], plan.channels)
@@ -68,7 +69,7 @@ class Again(Route):
         quick.entry.use(weight)
         self.matched.add(plan.rule)
         if self.receipt is not None:
-            self.receipt.add(plan.fields)
+            self.receipt.add(*plan.line)
         if x.ndim == 2:
             return plan.implementation.run(x, quick.codes, quick.scale, bias, x.dtype)  # type: ignore[no-any-return]
         y = plan.implementation.run(x.reshape(-1, x.shape[-1]), quick.codes, quick.scale, bias, x.dtype)
@@ -107,8 +108,10 @@ class Again(Route):
         if implementation is not None:
             if len(held.plans) > 64:
                 held.plans.clear()
-            fields = (weight.path, op, m, n, k, 1, implementation.name, mode_of(rule), "")
-            held.plans[key] = Plan(self.policy.rules.index(rule), implementation, n, "row", registry.generation(), fields)
+            ran_as = ran_as_of(x, w, rule, False)  # as the long way calls it
+            fields = (weight.path, op, m, n, k, 1, ran_as, mode_of(rule), "")
+            line = fields, kernel_of(ran_as, x, w, rule, False), bytes_of(m, n, k, 1, ran_as, x.element_size())
+            held.plans[key] = Plan(self.policy.rules.index(rule), implementation, n, "row", registry.generation(), line)
 
 
 def _is_inference(x: Any, bias: Any) -> bool:

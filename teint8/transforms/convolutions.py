@@ -12,6 +12,7 @@ _TRANSPOSED_NAMES = ("input", "weight", "bias", "stride", "padding", "output_pad
 
 PLAIN: dict[Any, int] = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
 TRANSPOSED: dict[Any, int] = {F.conv_transpose1d: 1, F.conv_transpose2d: 2, F.conv_transpose3d: 3}
+CONVOLUTIONS = frozenset((*PLAIN, *TRANSPOSED))
 
 
 class Convolution(NamedTuple):

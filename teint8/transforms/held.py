@@ -67,14 +67,14 @@ class Entry:
 
 
 class Plan(NamedTuple):
-    """What a call of known shape comes to: the rule that decided, what runs it, and its line on the receipt."""
+    """What a call of known shape comes to: the rule that decided, what runs it; on the receipt its fields, kernel and bytes."""
 
     rule: int
     implementation: ops.Implementation
     channels: int
     granularity: str
     generation: int
-    fields: tuple[Any, ...]
+    line: tuple[tuple[Any, ...], str, int]
 
 
 class Quick:
@@ -98,12 +98,13 @@ class Quick:
 class Held:
     """What is kept of a weight: its path, its packed forms by (contracted dimension, granularity), plans by policy and shape."""
 
-    __slots__ = ("packed", "path", "plans", "steps")
+    __slots__ = ("convolutions", "packed", "path", "plans", "steps")
 
     def __init__(self) -> None:
         self.path: str | None = None
         self.packed: dict[tuple[int, str], Entry] = {}
         self.plans: dict[Any, Plan] = {}
+        self.convolutions: dict[Any, Any] = {}
         self.steps = 0  # of optimizers: fused ones leave no version
 
     def place(self, weight: Tensor) -> tuple[Any, ...]:

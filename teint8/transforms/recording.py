@@ -18,6 +18,11 @@ from teint8.transforms.receipt import Receipt
 _DEFAULT_OPS = Rule().ops
 
 
+def bytes_of_conv(x: Tensor, m: int, n: int, k: int, batch: int) -> int:
+    """Bytes that a convolution must read and write: what windows see in common is read once."""
+    return _torch.number(x.numel()) + batch * (n * k + 4 * n + m * n * x.element_size())
+
+
 class Recording:
     """Notes calls; ``Route`` decides on them.
 
@@ -71,9 +76,7 @@ class Recording:
         sizes = (0, n, k, 1) if problem is None else (problem.m, problem.n, problem.k, problem.batch)
         m, n, k, batch = map(_torch.number, sizes)
         fields = (path, "conv", m, n, k, batch, ran_as, mode, reason)
-        # what windows see in common is read once
-        nbytes = 0 if x is None else _torch.number(x.numel()) + batch * (n * k + 4 * n + m * n * x.element_size())
-        self.receipt.add(fields, kernel, nbytes)
+        self.receipt.add(fields, kernel, 0 if x is None else bytes_of_conv(x, m, n, k, batch))
         return fields
 
     def stays_float(self, weight: Operand, op: str, reason: str) -> None:
