@@ -181,6 +181,19 @@ def written_once_for(*ops: Any) -> None:
         lowering.make_fallback(op, layout_constraint=written)
 
 
+def never_compiled_alone(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate: Dynamo traces ``function`` within what it compiles; elsewhere it leaves it alone, and what it calls.
+
+    Where Dynamo gives a frame up (torch's recurrent layers) it would compile each call of a mode by itself, and hand back a dtype as a
+    number. Seen on torch 2.11 and 2.13.
+    """
+    from torch._C._dynamo import eval_frame
+
+    skip = eval_frame._FrameAction.SKIP
+    eval_frame.set_code_exec_strategy(function.__code__, eval_frame._FrameExecStrategy(skip, skip))
+    return function
+
+
 @contextlib.contextmanager
 def compiling() -> Iterator[None]:
     """What a backend of ours runs while it is traced counts as compiling, as in torch 2.13 anyway; 2.11 says so to Dynamo alone."""

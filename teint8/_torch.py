@@ -12,7 +12,7 @@ import torch.utils._pytree as torch_pytree
 import torch.utils.checkpoint
 from torch import Tensor
 from torch._functorch import eager_transforms
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -156,6 +156,25 @@ def fake_mode_of(*trees: Any) -> Any:
     """The FakeTensorMode of a tree that ``to_fake`` made."""
     fakes = [leaf for leaf in torch_pytree.tree_leaves(trees) if isinstance(leaf, FakeTensor)]
     return fakes[0].fake_mode
+
+
+@contextlib.contextmanager
+def abstract_run(name: str, *trees: Any) -> Iterator[None]:
+    """A run on trees that ``to_fake`` made, without gradients.
+
+    Raises:
+        ValueError: the program reads a value.
+
+    """
+    try:
+        with fake_mode_of(*trees), torch.no_grad():
+            yield
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        hint = "; without inputs it goes by the types of a module's layers" if name == "pack" else ""
+        raise ValueError(
+            f"{name}: the program reads values of tensors ({error.func}: .item(), a boolean mask, the lengths of a PackedSequence), "
+            f"and an abstract run has shapes alone; give inputs for which it reads none, such as padded sequences{hint}"
+        ) from error
 
 
 def marks_differentiable() -> bool:

@@ -36,7 +36,7 @@ def fma(a: Tensor, b: Tensor | float, c: Tensor | float) -> Tensor:
 
 
 def _as_float32(x: Tensor | float) -> Tensor | float:
-    return x.double() if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float32).item()
+    return x.double() if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float32, device="cpu").item()
 
 
 def exp_negative(x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from teint8 import _torch
+from teint8._compilers import never_compiled_alone
 from teint8.ops import cpu
 from teint8.ops.shared import Shared
 from teint8.policy import Policy, shown
@@ -142,6 +143,7 @@ class te_int8_autocast(Again, ConvolvesAgain, KeepsCodes):
         if exc_type is None:
             self.finish()
 
+    @never_compiled_alone
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _LINEAR and self.quick is not None and not _torch.is_compiling() and not kwargs:
             y = self._again(*args)
@@ -161,10 +163,10 @@ class te_int8_autocast(Again, ConvolvesAgain, KeepsCodes):
     def operand(self, t: Any) -> Operand | None:
         if isinstance(t, nn.Parameter):
             owner, transposed = t, False
-        elif _torch.is_compiling() or not _is_transposed_parameter(t):
-            return None
-        else:
+        elif _is_transposed_parameter(t):
             owner, transposed = t._base, True
+        else:
+            return None
         if _torch.is_compiling() or not _torch.is_plain(owner):
             return Operand(t, "", transposed)
         held = held_of(owner)
@@ -219,7 +221,9 @@ def _weak(root: nn.Module | None) -> Callable[[], nn.Module | None]:
 
 def _is_transposed_parameter(t: Any) -> bool:
     base = t._base if isinstance(t, Tensor) and t.ndim > 1 else None
-    if not isinstance(base, nn.Parameter) or t.data_ptr() != base.data_ptr():
+    if not isinstance(base, nn.Parameter):
+        return False
+    if not _torch.is_compiling() and t.data_ptr() != base.data_ptr():  # tensors that are traced have no address
         return False
     return bool(t.shape == base.mT.shape and t.stride() == base.mT.stride())
 

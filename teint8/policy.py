@@ -103,6 +103,8 @@ class Rule:
             raise TypeError(f"Rule: path is {self.path!r}; a non-empty glob such as 'encoder.*' is needed")
         if isinstance(self.ops, str) or not isinstance(self.ops, tuple):
             raise TypeError(f"Rule: ops is {self.ops!r}; a tuple of names is needed, such as ('linear',)")
+        if not self.ops:
+            raise ValueError(f"Rule: ops is (), so that it would be for no call; names such as {OPS[0]!r} are needed, or no such rule")
         for op in self.ops:
             _one_of("Rule", "ops", op, OPS)
         for field in ("weight", "activation", "gradient"):

@@ -65,7 +65,8 @@ def test_bits_layout_and_receipt(name: str, dtype: torch.dtype, device: str, dec
                 y, z = layer(x), layer(last)
                 assert different(y, want) == different(z, want) == 0, i
                 assert (y.shape, y.stride(), z.stride()) == (want.shape, layer(x).stride(), layer(last).stride())
-                assert y.is_contiguous() and (last is x or z.is_contiguous(memory_format=LAST[x.ndim]))
+                # what a GPU pads by reflection is contiguous
+                assert y.is_contiguous() and (last is x or name == "same" or z.is_contiguous(memory_format=LAST[x.ndim]))
         lines.append([(r, r.calls) for r in context.receipt])
         # the first call in float32 is decided, and so is the first of another layout no more: it has the same plan
         long = name in LONG or (dtype == torch.float64 and "a pixel" in name and device == "cpu")  # no linear there is whole

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import threading
 import weakref
 
 import grid
@@ -13,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import teint8
-from teint8 import Policy, QTensor, Rule, ops, te_int8_autocast
+from teint8 import Policy, QTensor, Quant, Rule, ops, te_int8_autocast
 
 
 def layers() -> nn.Module:
@@ -251,3 +252,303 @@ def test_products_that_are_not_taken_over_are_on_the_receipt() -> None:
         calls["einsum"]()
     with te_int8_autocast(strict=True):  # no rule asks for them
         calls["recurrent"]() @ w
+
+
+DEFAULTS = {
+    "linear": (lambda: nn.Linear(64, 16), (16, 64), None),
+    "few rows": (lambda: nn.Linear(64, 16), (2, 64), None),
+    "W8A16": (lambda: nn.Linear(64, 16), (16, 64), Policy.weight_only()),
+    "training": (lambda: nn.Linear(64, 16), (16, 64), Policy.training()),
+    "conv": (lambda: nn.Conv2d(8, 16, 3), (2, 8, 9, 9), None),
+    "groups": (lambda: nn.Conv2d(8, 16, 3, groups=2), (2, 8, 9, 9), None),
+    "depthwise": (lambda: nn.Conv2d(64, 64, 3, groups=64), (2, 64, 9, 9), None),
+    "transposed": (lambda: nn.ConvTranspose1d(8, 16, 3, 2), (2, 8, 9), None),
+    "norms": (
+        lambda: nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 8), nn.RMSNorm(8), nn.Linear(8, 8)),
+        (16, 64),
+        Policy([Rule(ops=("linear", "norm"))]),
+    ),
+    "channels": (
+        lambda: nn.Sequential(nn.GroupNorm(2, 8), nn.Conv2d(8, 8, 3)),
+        (2, 8, 9, 9),
+        Policy([Rule(ops=("conv", "norm"))]),
+    ),
+    "attention": (
+        lambda: nn.MultiheadAttention(16, 2),
+        (3, 2, 16),
+        Policy([Rule(ops=("linear", "attention"))]),
+    ),
+    "recurrent": (lambda: nn.GRU(8, 8), (3, 2, 8), Policy([Rule(ops=("recurrent",))])),
+    "blocks": (
+        lambda: nn.Linear(64, 16),
+        (16, 64),
+        Policy([Rule(weight=Quant("block", block=32), activation=Quant("block", block=32))]),
+    ),
+}
+
+
+@pytest.mark.parametrize("default", ["float16", "bfloat16", "float64", "meta"])
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_defaults_of_torch_change_nothing(name: str, default: str, device: str) -> None:
+    """Kernels in C wrote float32 into memory of the default dtype, and to addresses of the default device."""
+    make, shape, policy = DEFAULTS[name]
+    torch.manual_seed(0)
+    model, x = make().to(device), torch.randn(shape, device=device)
+    args = (x, x, x) if name == "attention" else (x,)
+    qfn, params = teint8.quantize(model, policy), dict(model.named_parameters())
+
+    def served() -> list[torch.Tensor]:
+        context = te_int8_autocast(training=False, policy=policy)
+        with torch.no_grad(), context:
+            contexts = [first(model(*args)) for _ in range(2)]
+        grads = torch.func.grad(lambda p: first(qfn(p, *args)).square().sum())(params)
+        return [first(qfn(params, *args)), first(qfn(teint8.pack(qfn, params), *args)), *contexts, *grads.values()]
+
+    want = served()
+    te_int8_autocast.cache_clear()
+    with torch.device("meta") if default == "meta" else contextlib.nullcontext():
+        if default != "meta":
+            torch.set_default_dtype(getattr(torch, default))
+        try:
+            got = served()
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert all(different(a, b) == 0 for a, b in zip(got, want, strict=True))
+
+
+def first(y):
+    return y[0] if isinstance(y, tuple) else y
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("turn", [lambda w: w.t(), lambda w: w.T, lambda w: w.mT, lambda w: w.transpose(0, 1)])
+def test_transposed_parameters_are_weights_in_compiled_code_of_a_context(turn, training: bool, device: str) -> None:
+    w, x = nn.Parameter(torch.randn(16, 32, device=device)), torch.randn(8, 32, device=device)
+    for f in (lambda x: x @ turn(w), lambda x: torch.mm(x, turn(w)), lambda x: torch.addmm(x[:, :16], x, turn(w))):
+        torch._dynamo.reset()
+        with te_int8_autocast(training=training), torch.set_grad_enabled(training):
+            want, got = f(x), torch.compile(f, fullgraph=True, backend="aot_eager")(x)
+        assert different(got, want) == 0 and not torch.equal(got, f(x))
+        if training:
+            grads = [torch.autograd.grad(y.square().sum(), w)[0] for y in (want, got)]
+            torch.testing.assert_close(*grads)
+
+
+def test_threads_share_a_training_context() -> None:
+    """The one that leaves it first drops the codes that others are about to take."""
+    model, x = layers(), torch.randn(8, 24)
+    want, wrong = teint8.quantize(model)(dict(model.named_parameters()), x), []
+
+    @te_int8_autocast()
+    def run() -> torch.Tensor:
+        return model(x)
+
+    def work() -> None:
+        try:
+            for _ in range(150):
+                if not torch.equal(run(), want):
+                    raise ValueError("other bits")
+        except Exception as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+MAPPED = {
+    "linear": (lambda: nn.Linear(8, 4), (3, 8), None),
+    "conv": (lambda: nn.Conv2d(3, 4, 3), (2, 3, 6, 6), None),
+    "norm": (lambda: nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 4)), (3, 8), Policy([Rule(ops=("linear", "norm"))])),
+    "channels": (
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.Conv2d(4, 4, 1)),
+        (2, 3, 6, 6),
+        Policy([Rule(ops=("conv", "norm"))]),
+    ),
+    "training": (lambda: nn.Linear(8, 4), (3, 8), Policy.training()),
+}
+
+
+@pytest.mark.parametrize("name", MAPPED)
+def test_forward_derivatives_of_what_vmap_maps(name: str, device: str) -> None:
+    """torch's rule for vmap under jvp took a tuple of options for arguments, and saved tensors of one mode for those of the other."""
+    make, shape, policy = MAPPED[name]
+    torch.manual_seed(0)
+    model = make().to(device)
+    params = {k: v.detach() for k, v in model.named_parameters()}
+    qfn = teint8.quantize(model, policy)
+    xs, ts = (torch.randn(2, *shape, device=device) for _ in range(2))
+    y, dy = torch.func.jvp(torch.func.vmap(lambda x: qfn(params, x)), (xs,), (ts,))
+    for i in range(2):
+        want = torch.func.jvp(lambda x: qfn(params, x), (xs[i],), (ts[i],))
+        assert different(y[i], want[0]) == 0
+        torch.testing.assert_close(dy[i], want[1])
+
+
+@pytest.mark.parametrize("policy", [Policy.qat(), Policy.switchback(), Policy.training()], ids=["qat", "switchback", "training"])
+def test_hessians(policy: Policy, device: str) -> None:
+    model, x = nn.Linear(8, 4).to(device), torch.randn(3, 8, device=device)
+    params = {k: v.detach() for k, v in model.named_parameters()}
+    qfn = teint8.quantize(model, policy)
+    for f, at in ((lambda x: qfn(params, x).tanh().sum(), x), (lambda b: qfn({**params, "bias": b}, x).tanh().sum(), params["bias"])):
+        got, want = torch.func.hessian(f)(at), torch.func.jacfwd(torch.func.grad(f))(at)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+        assert got.norm() > 0.1
+
+
+def test_gradients_are_not_asked_for_in_inference_mode(device: str) -> None:
+    model = nn.Sequential(nn.Linear(24, 32), nn.Unflatten(1, (8, 4)), nn.Conv1d(8, 4, 3)).to(device)
+    x, params = torch.randn(5, 24, device=device), dict(model.named_parameters())
+    want = teint8.quantize(model)(params, x)
+    with torch.inference_mode(), torch.enable_grad():
+        for training in (True, False):
+            with te_int8_autocast(training=training):
+                y = model(x)
+            assert different(y, want) == 0 and not y.requires_grad
+        assert different(teint8.quantize(model, Policy.training())(params, x), want) == 0
+
+
+@pytest.mark.parametrize("make", [lambda: nn.InstanceNorm2d(8), lambda: nn.GroupNorm(2, 8, affine=False), lambda: nn.GroupNorm(2, 8)])
+def test_results_of_norms_may_be_written_in_place(make, device: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), make(), nn.ReLU(inplace=True), nn.Conv2d(8, 4, 3)).to(device)
+    other = nn.Sequential(model[0], model[1], nn.ReLU(), model[3])
+    x, grads = torch.randn(2, 3, 9, 9, device=device), []
+    for net in (model, other):
+        with te_int8_autocast(policy=Policy([Rule(ops=("conv", "norm"))])):
+            grads.append(torch.autograd.grad(net(x).square().sum(), list(model.parameters())))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_a_bias_that_does_not_fit_any_more_is_refused() -> None:
+    layer, x = nn.Linear(32, 4096), torch.randn(16, 32)
+    with torch.no_grad(), te_int8_autocast(training=False):
+        layer(x), layer(x), layer(x)
+        layer.bias.data = torch.zeros(3)
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"\(3,\)"):
+                layer(x)
+
+
+def test_a_bias_that_does_not_count_has_a_gradient_of_zeros() -> None:
+    bias, x, w = torch.full((16,), float("nan"), requires_grad=True), torch.randn(8, 32), torch.randn(32, 16)
+    qfn = teint8.quantize(lambda p, x: torch.addmm(p["b"], x, p["w"], beta=0, alpha=2))
+    y = qfn({"b": bias, "w": w}, x)
+    assert torch.equal(y, 2 * teint8.quantize(lambda p, x: x @ p["w"])({"w": w}, x))
+    assert torch.equal(torch.autograd.grad(y.sum(), bias)[0], torch.zeros(16))
+
+
+def test_lengths_of_packed_sequences_are_not_read_in_an_abstract_run() -> None:
+    x = nn.utils.rnn.pack_sequence([torch.randn(5, 8), torch.randn(3, 8)])
+    model = nn.LSTM(8, 8)
+    qfn, params = teint8.quantize(model, Policy([Rule(ops=("recurrent",))])), dict(model.named_parameters())
+    with pytest.raises(ValueError, match=r"PackedSequence.*without inputs it goes by the types"):
+        teint8.pack(qfn, params, x)
+    assert torch.equal(qfn(teint8.pack(qfn, params), x)[0].data, qfn(params, x)[0].data)
+
+
+@pytest.mark.parametrize("make", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_that_dynamo_gives_up(make) -> None:
+    """It then compiled the context's own calls, one by one, and took a dtype for a number."""
+    model, x = nn.ModuleList([make(8, 8), nn.Linear(8, 4)]), torch.randn(2, 5, 8)
+    whole = lambda x: model[1](model[0](x)[0])
+    with torch.no_grad():
+        for how in (dict(training=True), dict(training=False), dict(enabled=False)):
+            torch._dynamo.reset()
+            with te_int8_autocast(**how):
+                assert torch.equal(torch.compile(whole, backend="eager")(x), whole(x))
+        qfn, params = teint8.quantize(model[0]), dict(model[0].named_parameters())
+        assert torch.equal(torch.compile(qfn, backend="eager")(params, x)[0], qfn(params, x)[0])
+
+
+def test_layers_whose_rule_they_do_not_take_are_not_packed() -> None:
+    """pack went by the types of layers alone: their calls stayed float, by weights that were rounded."""
+    blocks, tensor = Quant("block", block=32), Quant("tensor")
+    for make, shape, rule in (
+        (
+            lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(288, 10)),
+            (2, 3, 8, 8),
+            Rule(weight=blocks, activation=blocks),
+        ),
+        (lambda: nn.Sequential(nn.ConvTranspose1d(3, 8, 3), nn.Linear(10, 64), nn.Linear(64, 4)), (2, 3, 8), Rule(activation=blocks)),
+        (lambda: nn.Sequential(nn.Embedding(9, 64), nn.Linear(64, 4)), None, Rule(ops=("embedding", "linear"), weight=tensor)),
+    ):
+        model = make()
+        x = torch.randint(9, (4, 3)) if shape is None else torch.randn(shape)
+        qfn, params = teint8.quantize(model, Policy([rule])), dict(model.named_parameters())
+        packed = teint8.pack(qfn, params)
+        assert torch.equal(qfn(packed, x), qfn(params, x))
+        assert {k: type(v) for k, v in packed.items()} == {k: type(v) for k, v in teint8.pack(qfn, params, x).items()}
+        assert not isinstance(packed["0.weight"], QTensor)
+    bilinear = nn.Bilinear(64, 64, 3)
+    qfn = teint8.quantize(bilinear, Policy([Rule(weight=tensor)]))
+    with pytest.raises(ValueError, match="no weight"):
+        teint8.pack(qfn, dict(bilinear.named_parameters()))
+
+
+class Reused(nn.Module):
+    """A layer's weight that is used in another way, too."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.inner, self.head, self.how = nn.Linear(32, 48), nn.Linear(32, 4), how
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        w = self.inner.weight
+        if self.how == "tied":
+            return self.head(self.inner(x) @ w)
+        if self.how == "norm":
+            return self.head(x) + self.inner(x).sum() * w.norm()
+        a, b = w.chunk(2)
+        return self.head(x) + F.linear(x, a).sum() + (x @ b.T).sum()
+
+
+@pytest.mark.parametrize("how", ["tied", "norm", "chunk"])
+def test_a_packed_weight_in_another_use_is_told_of(how: str) -> None:
+    model, x = Reused(how), torch.randn(6, 32)
+    qfn, params = teint8.quantize(model), dict(model.named_parameters())
+    with pytest.warns(UserWarning, match=r"inner.weight is packed, and is used .*pack\(qfn, params, \*example_inputs\)"):
+        qfn(teint8.pack(qfn, params), x)
+    with pytest.raises(ValueError, match=r"strict: inner.weight"):
+        teint8.quantize(model, strict=True)(teint8.pack(qfn, params), x)
+    packed = teint8.pack(qfn, params, x)
+    assert torch.equal(qfn(packed, x), qfn(params, x)) and isinstance(packed["head.weight"], QTensor)
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda: nn.Conv1d(32, 8, 3), (4, 32, 9)),
+        (lambda: nn.Conv2d(32, 8, 3), (4, 32, 8, 8)),
+        (lambda: nn.ConvTranspose2d(32, 8, 3), (4, 32, 8, 8)),
+        (lambda: nn.Conv3d(32, 8, 3), (2, 32, 4, 4, 4)),
+    ],
+)
+def test_loaded_convolutions_have_the_bits_of_packed_ones(make, shape, tmp_path) -> None:
+    """By a float activation, too: torch chooses how to add up by how the weight lies."""
+    model, x = make(), torch.randn(shape)
+    for policy in (Policy.weight_only(), Policy.qat()):
+        qfn, params = teint8.quantize(model, policy), dict(model.named_parameters())
+        packed = teint8.pack(qfn, params)
+        teint8.save_packed(tmp_path / "it.safetensors", packed)
+        loaded = teint8.load_packed(tmp_path / "it.safetensors").params
+        assert torch.equal(qfn(loaded, x), qfn(packed, x)) and torch.equal(qfn(params, x), qfn(packed, x))
+        if not isinstance(model, nn.ConvTranspose2d):
+            assert loaded["weight"].codes.stride() == packed["weight"].codes.stride()
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_tensors_may_be_swapped_after_the_cache_is_cleared(training: bool) -> None:
+    model, x = layers(), torch.randn(8, 24)
+    for _ in range(2):
+        with torch.no_grad(), te_int8_autocast(training=training):
+            model(x), model(x)
+    te_int8_autocast.cache_clear()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.to(torch.bfloat16)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert model[0].weight.dtype == torch.bfloat16

@@ -13,6 +13,7 @@ from teint8.kernels.launch import Launch, alignment, on
 from teint8.kernels.quantize import code_bits, mixed_seed, noise_key, noise_of, scale_and_multiplier, shrunk
 from teint8.kernels.quantize_both import alike, dense
 from teint8.kernels.quantize_both_kernels import _bits, _larger, _source, _top
+from teint8.kernels.tiles import power_of_two
 
 # elements of a block and warps of a program. Values alone go by blocks that leave few lanes idle; codes want the whole row in
 # registers, those of two gradients in twice as many threads (of 14336 features: 0.95 ms of an H100, with 16 warps 1.04 ms, in four
@@ -177,7 +178,7 @@ def activation_rows(
             _launch.again(key, (m, batch, 1), args)
         else:
             block, warps = FOR_VALUES if not codes else FOR_TWO if outputs == 2 else FOR_CODES
-            block = min(triton.next_power_of_2(n), block)
+            block = min(power_of_two(n), block)
             constants = (kind, gated, backward, outputs, codes, values, seed is not None, scale is not None, block, n <= block)
             warps = min(max(block // 512, 1), warps)
             _launch.first(key, (m, batch, 1), args, constants, num_warps=warps, enable_fp_fusion=False)

@@ -9,7 +9,7 @@ from teint8.attentions import BLOCK, LOG2E, blocks
 from teint8.kernels.activation import INTERPRETING, reciprocal
 from teint8.kernels.int8_mm import major_of
 from teint8.kernels.launch import Launch, on
-from teint8.kernels.tiles import Tile
+from teint8.kernels.tiles import Tile, cdiv, power_of_two
 
 NEGATIVE_INFINITY = tl.constexpr(float("-inf"))
 
@@ -172,12 +172,12 @@ def attention(
     y = torch.empty((b, h, m, e), dtype=inner, device=device)
     strides = (0, 0, 0, 0) if mask is None else mask.expand(b, h, m, s).stride()
     given = a if mask is None else mask
-    block_d, block_e = max(32, triton.next_power_of_2(d)), max(16, triton.next_power_of_2(e))
+    block_d, block_e = max(32, power_of_two(d)), max(16, power_of_two(e))
     constants = (causal, mask is not None, s % t.block_n == 0, d == block_d and e == block_e, t.block_m, t.block_n, block_d, block_e)
     operands = (q, a, k, ks, v, vs, sums, given, y)
     key = (device.index, b, h, g, m, s, d, e, inner, given.dtype, strides, constants, t,
            tuple(o.data_ptr() % 16 == 0 for o in operands))  # fmt: skip
     with on(device):
-        _launch(key, (triton.cdiv(m, t.block_m) * b * h, 1, 1), (*operands, h, h // g, m, s, d, e, *strides), constants,
+        _launch(key, (cdiv(m, t.block_m) * b * h, 1, 1), (*operands, h, h // g, m, s, d, e, *strides), constants,
                 num_warps=t.warps, num_stages=t.stages, enable_fp_fusion=False)  # fmt: skip
     return y.to(dtype)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from teint8.kernels.activation import INTERPRETING
 from teint8.kernels.launch import Launch, on
-from teint8.kernels.tiles import Tile, place
+from teint8.kernels.tiles import Tile, cdiv, place
 
 
 @triton.jit
@@ -69,7 +69,7 @@ def block_mm(
     operands = (xq, wq, xs, ws, b, y)
     key = (device.index, m, n, k, block, inner, b.dtype, bias is None, t, tuple(o.data_ptr() % 16 == 0 for o in operands))
     with on(device):
-        _launch(key, (triton.cdiv(m, t.block_m) * triton.cdiv(n, t.block_n), 1, 1), (*operands, m, n, k, xs.shape[1]),
+        _launch(key, (cdiv(m, t.block_m) * cdiv(n, t.block_n), 1, 1), (*operands, m, n, k, xs.shape[1]),
                 (bias is not None, k % block == 0, t.block_m, t.block_n, block, 8),
                 num_warps=t.warps, num_stages=t.stages, enable_fp_fusion=False)  # fmt: skip
     return y.to(dtype)

@@ -14,6 +14,7 @@ from teint8.kernels.launch import Launch, alignment, on
 from teint8.kernels.norm import _DTYPES, _fixed, _mean, _power
 from teint8.kernels.quantize import code_bits, scale_and_multiplier
 from teint8.kernels.quantize_both_kernels import _bits, _larger
+from teint8.kernels.tiles import power_of_two
 
 
 @triton.jit
@@ -148,7 +149,7 @@ _statistics, _write = Launch(_statistics_kernel), Launch(_write_kernel)
 
 def shape_of_tile(width: int, elements: int) -> tuple[int, int]:
     """Places and channels of a tile."""
-    channels = max(triton.next_power_of_2(width), 4)
+    channels = max(power_of_two(width), 4)
     return max(elements // channels, 4), channels
 
 
@@ -192,7 +193,7 @@ def channel_norm(
         _write(
             (*shared, y.stride(), codes, values, alignment(x, w, bb, y, q)), (-(-p // block_p), -(-c // block_c), b),
             (x, w, bb, means, factors, tops, y, q, s, p, c, parts, *x.stride(), *y.stride()),
-            (*constants, codes, values, _DTYPES[x.dtype], block_p, block_c, triton.next_power_of_2(parts)), num_warps=8,
+            (*constants, codes, values, _DTYPES[x.dtype], block_p, block_c, power_of_two(parts)), num_warps=8,
             enable_fp_fusion=False,
         )  # fmt: skip
     return [y.to(dtype)] * values + [q, s] * codes

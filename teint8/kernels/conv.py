@@ -10,8 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from teint8.kernels.int8_mm import Config, config_of, major_of
-from teint8.kernels.launch import Launch, on
-from teint8.kernels.tiles import place
+from teint8.kernels.launch import Launch, alignment, on
+from teint8.kernels.tiles import cdiv, place, power_of_two
 
 
 @triton.jit
@@ -211,14 +211,13 @@ def conv(
     if depthwise:
         wq = wq.reshape(n_all, -1).t().contiguous()
     operands = (xq, wq, xs, ws, b, y)
-    key = (device.index, m, n, c, g, scales, s, inner, b.dtype, bias is None, config,
-           tuple(t.data_ptr() % 16 == 0 for t in operands))  # fmt: skip
+    key = (device.index, m, n, c, g, scales, s, inner, b.dtype, bias is None, config, alignment(*operands))
     where = (*s.stride, *s.before, *s.dilation)
     with on(device):
         if depthwise:
-            block_c = min(triton.next_power_of_2(g), 64)
+            block_c = min(power_of_two(g), 64)
             block_m = (2048 if device.type == "cuda" else 65536) // block_c
-            _depthwise(key, (triton.cdiv(m, block_m) * triton.cdiv(g, block_c), 1, 1),
+            _depthwise(key, (cdiv(m, block_m) * cdiv(g, block_c), 1, 1),
                        (*operands, m, g, scales, *s.sizes, *s.out, *s.kernel, *where), (bias is not None, block_m, block_c),
                        num_warps=4, enable_fp_fusion=False)  # fmt: skip
         else:
@@ -227,7 +226,7 @@ def conv(
             # few channels: a step spans several taps, so that it is not mostly empty
             by_tap = c >= t.block_k // 2
             deep, taps = (c * s.kernel[2], math.prod(s.kernel[:2])) if by_row else (c, math.prod(s.kernel))
-            grid = (triton.cdiv(m, t.block_m) * triton.cdiv(n, t.block_n) * g, 1, 1)
+            grid = (cdiv(m, t.block_m) * cdiv(n, t.block_n) * g, 1, 1)
             _conv(key, grid, (*operands, m, n, deep, g, scales, *s.sizes, *s.out, *s.kernel[1:], *where, taps),
                   (bias is not None, by_row, by_tap, t.block_m, t.block_n, t.block_k, 8),
                   num_warps=t.warps, num_stages=t.stages, enable_fp_fusion=False)  # fmt: skip

@@ -167,9 +167,9 @@ def depthwise(
     x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, y: Tensor, kernel: tuple[int, int], *where: Any
 ) -> None:
     """Fill y (B, H', W', C) from codes (B, H, W, C), scales (B, C), taps (kernel, C), scales (C) and bias (C); all contiguous."""
-    zeros = torch.zeros(x.shape[-1], dtype=torch.int8)
+    zeros = torch.zeros(x.shape[-1], dtype=torch.int8, device="cpu")
     taps, channels = w.shape
-    pairs = torch.empty(-(-channels // 32) * -(-taps // 2) * 64, dtype=torch.int16)
+    pairs = torch.empty(-(-channels // 32) * -(-taps // 2) * 64, dtype=torch.int16, device="cpu")
     _function("taps_i8")(w.data_ptr(), pairs.data_ptr(), taps, channels)
     window = _window(x, kernel, (y.shape[1], y.shape[2]), *where)
     _function(f"depthwise_{DTYPES[y.dtype]}")(

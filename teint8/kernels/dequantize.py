@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from teint8.kernels.launch import Launch, alignment, on
+from teint8.kernels.tiles import cdiv
 
 
 @triton.jit
@@ -31,6 +32,6 @@ def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     y = torch.empty((m, k), dtype=inner, device=codes.device)
     key = (codes.device.index, m, k, codes.stride(0), scale.stride(0), dtype, alignment(codes, scale))
     with on(codes.device):
-        _launch(key, (triton.cdiv(m, 16), triton.cdiv(k, 512), 1), (codes, scale, y, m, k, codes.stride(0), scale.stride(0)),
+        _launch(key, (cdiv(m, 16), cdiv(k, 512), 1), (codes, scale, y, m, k, codes.stride(0), scale.stride(0)),
                 (16, 512), num_warps=4, enable_fp_fusion=False)  # fmt: skip
     return y.to(dtype)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from teint8.kernels.int8_mm import Config, config_of, major_of
 from teint8.kernels.launch import Launch, on
+from teint8.kernels.tiles import cdiv, power_of_two
 from teint8.numerics import MAX_INT32_K
 
 
@@ -90,8 +91,8 @@ def grouped_mm(
     strides = (xq.stride(0), wq.stride(0), wq.stride(1), xs.stride(0), ws.stride(0), ws.stride(1))
     operands = (xq, wq, xs, ws, ends)
     key = (xq.device.index, m, n, k, groups, strides, inner, ends.dtype, c, tuple(t.data_ptr() % 16 == 0 for t in operands))
-    constants = (k % c.block_k == 0, k > MAX_INT32_K, MAX_INT32_K // c.block_k, triton.next_power_of_2(groups + 1), *c[:3])
-    tiles = (m // c.block_m + groups + 1) * triton.cdiv(n, c.block_n)  # no fewer than there can be
+    constants = (k % c.block_k == 0, k > MAX_INT32_K, MAX_INT32_K // c.block_k, power_of_two(groups + 1), *c[:3])
+    tiles = (m // c.block_m + groups + 1) * cdiv(n, c.block_n)  # no fewer than there can be
     with on(xq.device):
         _launch(key, (tiles, 1, 1), (*operands, y, m, n, k, groups, *strides), constants,
                 num_warps=c.warps, num_stages=c.stages, enable_fp_fusion=False)  # fmt: skip

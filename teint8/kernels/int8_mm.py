@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from teint8.kernels.launch import Launch, on
-from teint8.kernels.tiles import place
+from teint8.kernels.tiles import cdiv, place
 from teint8.numerics import MAX_INT32_K
 
 
@@ -142,6 +142,6 @@ def int8_mm(
     key = (xq.device.index, batch, m, n, k, strides, inner, b.dtype, bias is None, c, alignment)
     constants = (bias is not None, k % c.block_k == 0, k > MAX_INT32_K, MAX_INT32_K // c.block_k, c.block_m, c.block_n, c.block_k, 8)
     with on(xq.device):
-        _launch(key, (triton.cdiv(m, c.block_m) * triton.cdiv(n, c.block_n) * batch, 1, 1), (*operands, y, m, n, k, *strides),
+        _launch(key, (cdiv(m, c.block_m) * cdiv(n, c.block_n) * batch, 1, 1), (*operands, y, m, n, k, *strides),
                 constants, num_warps=c.warps, num_stages=c.stages, enable_fp_fusion=False)  # fmt: skip
     return y.to(dtype)

@@ -11,6 +11,7 @@ from teint8.kernels.int8_mm import major_of
 from teint8.kernels.launch import Launch, alignment, on
 from teint8.kernels.quantize import code_bits, scale_and_multiplier
 from teint8.kernels.quantize_both_kernels import _bits, _top
+from teint8.kernels.tiles import power_of_two
 
 
 @triton.jit
@@ -135,7 +136,7 @@ def norm(
     key = (device.index, m, n, x.dtype, kind, codes, values, residual is None, x.stride(0), r.stride(0),
            None if weight is None else w.dtype, None if bias is None else b.dtype,
            alignment(x, r, w, b))  # fmt: skip
-    block = max(triton.next_power_of_2(n), 4)
+    block = max(power_of_two(n), 4)
     # long rows on Hopper: a program has several rows, and with few registers more of them are on their way at once (measured)
     long = block >= 4096 and device.type == "cuda" and major_of(device.index) == 9
     long = long and block * x.element_size() * (1 + (residual is not None)) <= 1 << 15  # of which shared memory holds two

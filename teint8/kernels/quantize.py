@@ -7,6 +7,7 @@ from torch import Tensor
 
 from teint8.kernels.activation import INTERPRETING
 from teint8.kernels.launch import Launch, alignment, on
+from teint8.kernels.tiles import cdiv, power_of_two
 
 MAX_BLOCK = 16384  # a longer row is read twice, in blocks
 
@@ -179,9 +180,9 @@ def quantize(x: Tensor, seed: Tensor | None, scale: Tensor | None, pair: Tensor 
     codes = torch.empty((count * m, k), dtype=torch.int8, device=device)
     scales = torch.empty((count * m,), dtype=torch.float32, device=device)
     # short rows share a program; the interpreter's cost is that of its programs
-    block_k = min(triton.next_power_of_2(k), MAX_BLOCK)
+    block_k = min(power_of_two(k), MAX_BLOCK)
     block_m = max((4096 if device.type == "cuda" else 65536) // block_k, 1)
-    block_m = min(block_m, triton.next_power_of_2(m))
+    block_m = min(block_m, power_of_two(m))
     stride, per_seed = x.stride(0), 1 if seed is None else m // seed.numel()
     step = 0 if pair is None else between(x, pair)
     seeds, given = codes if seed is None else seed.contiguous(), scales if scale is None else scale.contiguous()
@@ -189,6 +190,6 @@ def quantize(x: Tensor, seed: Tensor | None, scale: Tensor | None, pair: Tensor 
            alignment(seeds, given))  # fmt: skip
     args = (x, codes, scales, seeds, given, m, k, step, stride, per_seed)
     with on(device):
-        _launch(key, (triton.cdiv(m, block_m), count, 1), args, (seed is not None, scale is not None, block_m, block_k, k <= block_k),
+        _launch(key, (cdiv(m, block_m), count, 1), args, (seed is not None, scale is not None, block_m, block_k, k <= block_k),
                 num_warps=min(max(block_m * block_k // 1024, 1), 4), enable_fp_fusion=False)  # fmt: skip
     return codes, scales

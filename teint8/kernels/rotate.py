@@ -7,6 +7,7 @@ from torch import Tensor
 
 from teint8.kernels.launch import Launch, alignment, on
 from teint8.kernels.quantize import codes_of, scale_and_multiplier, static_scale_and_multiplier
+from teint8.kernels.tiles import cdiv, power_of_two
 
 
 @triton.jit
@@ -47,9 +48,9 @@ _FEW = 32  # rows up to which a division of each row's channels costs less than 
 
 def tile_of(m: int, k: int, device: str) -> tuple[int, int, int]:
     """Rows and channels of a program, and its warps: short rows share one."""
-    block_k = triton.next_power_of_2(k)
+    block_k = power_of_two(k)
     # the interpreter's cost is that of its programs
-    block_m = min(max((2048 if device == "cuda" else 65536) // block_k, 1), triton.next_power_of_2(m))
+    block_m = min(max((2048 if device == "cuda" else 65536) // block_k, 1), power_of_two(m))
     return block_m, block_k, min(max(block_m * block_k // 512, 1), 16)
 
 
@@ -67,6 +68,6 @@ def rotate(x: Tensor, smoothing: Tensor | None, block: int, codes: bool, scale: 
     constants = (smoothing is not None, inverted, max(block, 1).bit_length() - 1, codes, scale is not None, block_m, block_k)
     key = (device.index, x.dtype, m, k, x.stride(0), constants, alignment(x, powers, given, y, scales))
     with on(device):
-        _launch(key, (triton.cdiv(m, block_m), 1, 1), (x, powers, given, y, y, scales, m, k, x.stride(0)), constants, num_warps=warps,
+        _launch(key, (cdiv(m, block_m), 1, 1), (x, powers, given, y, y, scales, m, k, x.stride(0)), constants, num_warps=warps,
                 enable_fp_fusion=False)  # fmt: skip
     return [y, scales] if codes else [y]

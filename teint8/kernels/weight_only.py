@@ -10,6 +10,7 @@ from torch import Tensor
 
 from teint8.kernels.activation import INTERPRETING
 from teint8.kernels.launch import Launch, alignment, on
+from teint8.kernels.tiles import power_of_two
 
 MAX_ROWS = 64
 
@@ -81,7 +82,7 @@ def weight_only(x: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None, dtype: t
     y = torch.empty((m, n), dtype=dtype, device=x.device)
     b = ws if bias is None else bias.contiguous()
     strides = (x.stride(0), wq.stride(0), ws.stride(0))
-    block_m = max(16, triton.next_power_of_2(m))
+    block_m = max(16, power_of_two(m))
     block_n, block_k, stages = SAFE if INTERPRETING else blocks_of(m, n, _capability(x.device.index))
     key = (x.device.index, m, n, k, strides, x.dtype, dtype, None if bias is None else b.dtype,
            alignment(x, wq, ws, b))  # fmt: skip

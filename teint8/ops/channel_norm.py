@@ -203,7 +203,8 @@ def group_norm(
     _check("group_norm", x, {"weight": weight, "bias": bias}, num_groups, eps)
     flat = x.reshape(*x.shape[:2], math.prod(x.shape[2:]))
     y: Tensor = _apply(flat, weight, bias, None, None, num_groups, eps, keeps(), impl)
-    return y.view(x.shape)
+    # a view that autograd does not take for one: the caller may write to the result in place
+    return torch.ops.aten._unsafe_view(y, x.shape)  # type: ignore[no-any-return]
 
 
 def batch_norm(
@@ -242,7 +243,8 @@ def batch_norm(
     _check("batch_norm", x, {"mean": mean, "variance": variance, "weight": weight, "bias": bias}, 1, eps)
     flat = x.reshape(*x.shape[:2], math.prod(x.shape[2:]))
     y: Tensor = _apply(flat, weight, bias, mean, variance, 1, eps, keeps(), impl)
-    return y.view(x.shape)
+    # a view that autograd does not take for one: the caller may write to the result in place
+    return torch.ops.aten._unsafe_view(y, x.shape)  # type: ignore[no-any-return]
 
 
 def values_and_codes(

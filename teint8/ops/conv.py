@@ -202,7 +202,8 @@ def _check(x: Tensor, weight: Tensor | QTensor, bias: Tensor | None, groups: int
         raise TypeError(f"conv: x is {x.dtype} and weight {weight.dtype}; one dtype is needed, such as x.to({weight.dtype})")
     _check_shapes(x, weight, bias, groups, transposed)
     if x.device != weight.device or (bias is not None and bias.device != x.device):
-        raise ValueError(f"conv: x is on {x.device}, weight on {weight.device}; one device is needed")
+        of_bias = "" if bias is None else f", bias on {bias.device}"
+        raise ValueError(f"conv: x is on {x.device}, weight on {weight.device}{of_bias}; one device is needed")
     if isinstance(weight, QTensor) and (weight.axis != contracted(weight.ndim, transposed) or (transposed and groups > 1)):
         raise ValueError(f"conv: {weight!r} was not packed for this convolution (groups {groups}, transposed {transposed})")
 

@@ -6,8 +6,9 @@ transposed convolution is a plain one over its input with zeros in between, and 
 by the weight is one in which channels and samples change places.
 """
 
+import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +20,9 @@ from teint8.ops.raw_conv import Window, int8_conv
 from teint8.ops.straight import finished, hat, moved, unclipped
 
 
-class _How(NamedTuple):
-    """What is not a tensor; ``keep`` as for the linear."""
+@dataclasses.dataclass(slots=True)
+class _How:
+    """What is not a tensor; ``keep`` as for the linear, and no tuple as there."""
 
     shape: Shape
     dtype: torch.dtype
@@ -108,8 +110,9 @@ class _Conv(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.how, ctx.sizes = how, x.shape
         ctx.dtypes = [None if t is None else t.dtype for t in (x, w, bias)]
-        ctx.save_for_forward(x, w, xq, xs, wq, ws, clipped)
-        if not how.keep:
+        if how.keep:  # the same for both, as for the linear
+            ctx.save_for_forward(x, w, xq, xs, wq, ws, xtq, xts, clipped, seed)
+        else:
             x = None
             if xtq is not None:  # dW wants x by channel
                 xq = xs = None
@@ -132,7 +135,7 @@ class _Conv(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, dx: Any, dw: Any, dbias: Any, *_: Any) -> Tensor:  # type: ignore[override]
-        x, w, xq, xs, wq, ws, clipped = ctx.saved_tensors
+        x, w, xq, xs, wq, ws, *_, clipped, _ = ctx.saved_tensors
         shape, dtype = ctx.how.shape, ctx.how.dtype
         parts = []
         if dx is not None:
@@ -224,7 +227,8 @@ def weight_only(
     x: Tensor, w: Tensor | None, bias: Tensor | None, codes: Codes, shape: tuple[Any, ...], of_weight: torch.dtype, dtype: torch.dtype
 ) -> Tensor:
     """W8A16: torch's convolution of a float activation by the values of codes."""
-    w_hat = kernel_hat(w, *codes, Shape(*shape), of_weight).to(dtype)
+    # in one layout, however the codes lie: by it torch chooses how to add up
+    w_hat = kernel_hat(w, *codes, Shape(*shape), of_weight).to(dtype).contiguous()
     return float_conv(x.to(dtype), w_hat, Shape(*shape), None if bias is None else bias.to(dtype))
 
 

@@ -42,7 +42,7 @@ class _Scratch(threading.local):
         if buffer is None or buffer.numel() < size or len(self.views) > 256:
             self.views.clear()  # so that the old buffers go
             with torch.inference_mode(False):
-                buffer = torch.empty(size + 64 // dtype.itemsize, dtype=dtype)
+                buffer = torch.empty(size + 64 // dtype.itemsize, dtype=dtype, device="cpu")
             start = -buffer.data_ptr() % 64 // dtype.itemsize  # a cache line is not shared
             buffer = buffer[start : start + size]
             if buffer.nbytes <= _KEEP:
@@ -64,15 +64,15 @@ class _Results(threading.local):
         """(m, n) of unspecified content."""
         size = m * n * dtype.itemsize
         if not _LEAST <= size <= _KEEP:
-            return torch.empty(m, n, dtype=dtype)
+            return torch.empty(m, n, dtype=dtype, device="cpu")
         for i in reversed(range(len(self.held))):  # the latest is still in the cache
             storage = self.held.pop(i)  # out of the list, so that this is its one holder if it is free
             alone = sys.getrefcount(storage) == _ALONE and _torch.storage_uses(storage) == 1
             free = alone and storage.nbytes() == size and not storage.is_shared()
             self.held.insert(len(self.held) if free else i, storage)
             if free:
-                return torch.empty(0, dtype=dtype).set_(storage, 0, (m, n))  # type: ignore[call-overload,no-any-return]
-        y = torch.empty(m, n, dtype=dtype)
+                return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, (m, n))  # type: ignore[call-overload,no-any-return]
+        y = torch.empty(m, n, dtype=dtype, device="cpu")
         self.held.append(y.untyped_storage())
         while sum(storage.nbytes() for storage in self.held) > _KEEP:
             self.held.pop(0)
@@ -81,7 +81,7 @@ class _Results(threading.local):
 
 def _references_of_one() -> int:
     """What ``sys.getrefcount`` says of a storage that one local variable holds."""
-    storage = torch.empty(1).untyped_storage()
+    storage = torch.empty(1, device="cpu").untyped_storage()
     return sys.getrefcount(storage)
 
 
@@ -174,8 +174,8 @@ def _in_c(isa: str, x: Tensor, xs: Tensor | None, weights: Sequence[tuple[Tensor
 
 
 def _quantize_c(x: Tensor, seed: Tensor | None, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    codes = torch.empty(x.shape, dtype=torch.int8)
-    scales = torch.empty(x.shape[0], dtype=torch.float32)
+    codes = torch.empty(x.shape, dtype=torch.int8, device="cpu")
+    scales = torch.empty(x.shape[0], dtype=torch.float32, device="cpu")
     cpu_rows.quantize(x if x.stride(1) == 1 else x.contiguous(), codes, scales, seed, scale)
     return codes, scales
 

@@ -58,7 +58,7 @@ def _conv_c(xq: Tensor, xs: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None,
     parts = []
     for i in range(0, batch, each):
         some, scales = (x, xs) if each >= batch else (x[i : i + each], xs[i : i + each])
-        rows = torch.empty(some.shape[0] * pixels, k, dtype=torch.int8)
+        rows = torch.empty(some.shape[0] * pixels, k, dtype=torch.int8, device="cpu")
         cpu_rows.windows(some, rows, flat.kernel, flat.size, *flat.where)
         scales = scales.expand(-1, pixels).reshape(-1)
         best = registry.select("int8_mm", Problem("cpu", dtype, 1, rows.shape[0], n, k))
@@ -75,7 +75,7 @@ def _grouped_c(xq: Tensor, xs: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | No
     """One group after the other."""
     g = window.groups
     c, n = xq.shape[-1] // g, wq.shape[0] // g
-    y = torch.empty(xq.shape[0], *window.out(xq.shape[1:-1], wq.shape[1:-1]), g * n, dtype=dtype)
+    y = torch.empty(xq.shape[0], *window.out(xq.shape[1:-1], wq.shape[1:-1]), g * n, dtype=dtype, device="cpu")
     alone = window._replace(groups=1)
     for i in range(g):
         channels, kernels, scale = slice(i * c, (i + 1) * c), slice(i * n, (i + 1) * n), i * xs.shape[1] // g
@@ -97,7 +97,8 @@ def _depthwise(xq: Tensor, xs: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | No
 
 def _channels(x: Tensor) -> tuple[Tensor, Tensor]:
     x = x if x.stride(2) == 1 else x.contiguous()
-    codes, scales = torch.empty(x.shape, dtype=torch.int8), torch.empty(x.shape[0], x.shape[2])
+    codes = torch.empty(x.shape, dtype=torch.int8, device="cpu")
+    scales = torch.empty(x.shape[0], x.shape[2], dtype=torch.float32, device="cpu")
     cpu_rows.channels(x, codes, scales)
     return codes, scales
 

@@ -1,6 +1,7 @@
 """The derivatives of INT8 linear: the straight-through estimator (STE), in float or in INT8."""
 
-from typing import Any, NamedTuple
+import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,8 +13,12 @@ from teint8.ops.straight import finished, hat, unclipped
 Codes = tuple[Tensor, Tensor]
 
 
-class How(NamedTuple):
-    """What is not a tensor. ``keep``: residuals stay differentiable floats, for second derivatives; else codes and scales."""
+@dataclasses.dataclass(slots=True)
+class How:
+    """What is not a tensor. ``keep``: residuals stay differentiable floats, for second derivatives; else codes and scales.
+
+    No tuple: the rules that torch makes for vmap under jvp take an argument's parts for arguments.
+    """
 
     dtype: torch.dtype
     gradient: str
@@ -54,8 +59,9 @@ class Linear(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.how = how
         ctx.dtypes = [None if t is None else t.dtype for t in (x, w, bias)]
-        ctx.save_for_forward(x, w, xq, xs, wq, ws, clipped)
-        if not how.keep:
+        if how.keep:  # the same for both, whole: torch's rule for vmap under jvp holds the dimensions of the one for the other
+            ctx.save_for_forward(x, w, xq, xs, wq, ws, xtq, xts, wtq, wts, clipped, seed)
+        else:
             if xq is not None:
                 x = None
             if not ctx.needs_input_grad[1]:  # dX wants nothing of x: a frozen weight, under adapters
@@ -86,7 +92,7 @@ class Linear(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, dx: Any, dw: Any, dbias: Any, *_: Any) -> Tensor:  # type: ignore[override]
-        x, w, xq, xs, wq, ws, clipped = ctx.saved_tensors
+        x, w, xq, xs, wq, ws, *_, clipped, _ = ctx.saved_tensors
         dtype = ctx.how.dtype
         parts = []
         if dx is not None:
@@ -137,6 +143,6 @@ def _product(g: Tensor, gradient: Codes, other: Any, codes: Codes | None, how: H
     oq, os = quantize(other.detach(), impl=how.impl) if codes is None else codes
     if not how.keep:
         return int8_mm(gq, gs, oq, os, None, g.dtype, how.impl)
-    second = how._replace(dtype=g.dtype, gradient="", wgrad="float")
+    second = dataclasses.replace(how, dtype=g.dtype, gradient="", wgrad="float")
     y: Tensor = Linear.apply(g, other, None, gq, gs, oq, os, None, None, None, None, None, None, second)
     return y

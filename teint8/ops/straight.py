@@ -97,7 +97,7 @@ def unclipped(g: Tensor, clipped: Tensor | None) -> Tensor:
 
 def no_second_derivative(g: Tensor) -> Tensor:
     """``g``, with a derivative that raises: codes cannot say how they move with the values that they came from."""
-    anchor = torch.zeros((), requires_grad=True)
+    anchor = torch.zeros((), device="cpu", requires_grad=True)
     guarded: Tensor = _NoSecondDerivative.apply(g, anchor)
     return guarded
 

@@ -1,5 +1,6 @@
 """Inference calls that a context met before, run again without deciding anew: the short way of ``te_int8_autocast``."""
 
+import weakref
 from typing import Any
 
 import torch
@@ -84,11 +85,11 @@ class Again(Route):
         if quick is None or not quick.fits(owner, bias):
             if len(self.quick) >= 4096:
                 self.quick.clear()
-            known, number = self.quick, id(owner)
-            quick = Quick(owner, bias, held, held.entry(owner, -1, "row"), lambda _: known.pop(number, None))
+            number, me = id(owner), weakref.ref(self)  # a context that is left is gone at once, with what it knows
+            quick = Quick(owner, bias, held, held.entry(owner, -1, "row"), lambda _: _forget(me(), number))
             if _torch.is_capturing(owner):  # codes that are made in a CUDA graph are there when it is replayed
                 return
-            known[number] = quick
+            self.quick[number] = quick
         if len(quick.plans) > 64:
             quick.plans.clear()
         quick.plans[x.shape, x.dtype, x.device] = plan
@@ -112,6 +113,11 @@ class Again(Route):
             fields = (weight.path, op, m, n, k, 1, ran_as, mode_of(rule), "")
             line = fields, kernel_of(ran_as, x, w, rule, False), bytes_of(m, n, k, 1, ran_as, x.element_size())
             held.plans[key] = Plan(self.policy.rules.index(rule), implementation, n, "row", registry.generation(), line)
+
+
+def _forget(route: Again | None, number: int) -> None:
+    if route is not None and route.quick is not None:
+        route.quick.pop(number, None)
 
 
 def _is_inference(x: Any, bias: Any) -> bool:

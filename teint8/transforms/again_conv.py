@@ -92,7 +92,8 @@ class ConvolvesAgain(Route):
             op, problem = ops.conv_problem(call.x, call.w, call.bias, call.x.dtype, **call.how)
         except (TypeError, ValueError):  # the long way tells
             return
-        run = None if 0 in (*call.x.shape, *call.w.shape) or call.x.device != call.w.device else _runs(call, op, problem)
+        alike = call.x.device == call.w.device and call.x.dtype == call.w.dtype
+        run = _runs(call, op, problem) if alike and 0 not in (*call.x.shape, *call.w.shape) else None
         if run is None:
             return
         name, sizes = ops.select(op, problem).name, (problem.m, problem.n, problem.k, problem.batch)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from teint8 import _torch
 from teint8.ops.attention import math_attention
+from teint8.ops.linear import differentiates
 from teint8.qtensor import QTensor
 from teint8.transforms import attend, attention, convolutions, norms, products, recurrent, shapes, tables
 from teint8.transforms.operands import Operand
@@ -33,6 +34,16 @@ def _matmul(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
     return _product(route, func, args, kwargs, *shapes.bind(("self", "other"), args, kwargs, also=("input", "mat2")))
 
 
+def _operator(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
+    """``a @ b``, seen as ``a.matmul(b)``, which takes a TypeError for "not implemented", and loses its message."""
+    if torch.compiler.is_dynamo_compiling():  # no graph is left within a try
+        return _matmul(route, func, args, kwargs)
+    try:
+        return _matmul(route, func, args, kwargs)
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+
+
 def _rmatmul(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
     other, first = args
     return _product(route, torch.matmul, (first, other), kwargs, first, other)
@@ -51,15 +62,11 @@ def _product(route: Route, func: Any, args: Any, kwargs: Any, a: Any, b: Any) ->
         return route.multiply("matmul", a, right, -2, None, in_float)
     if left is not None and a.ndim > 1:
         x = b if b.ndim == 1 else b.mT
-        y = route.multiply("matmul", x, left, -1, None, lambda: _side(in_float(), b))
+        y = route.multiply("matmul", x, left, -1, None, lambda: in_float() if b.ndim == 1 else in_float().mT)
         return y if b.ndim == 1 else y.mT.contiguous()
     if b.ndim > 1:
         return route.multiply("activation_matmul", a, Operand(b), -2, None, in_float)
     return in_float()
-
-
-def _side(y: Tensor, b: Tensor) -> Tensor:
-    return y if b.ndim == 1 else y.mT
 
 
 def _addmm(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
@@ -86,7 +93,9 @@ def _addmm(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
         return y
     y = y if alpha == 1 else y * alpha
     bias = route.plain(bias)
-    return y if beta == 0 else y + (bias if beta == 1 else bias * beta)
+    if beta == 0:  # its values do not count, NaN or not, and its gradient is zeros
+        return y + bias.masked_fill(torch.ones_like(bias, dtype=torch.bool), -0.0) if differentiates(bias) else y
+    return y + (bias if beta == 1 else bias * beta)
 
 
 _PROJECTIONS = (5, 11)  # where F.multi_head_attention_forward has in_proj_weight and out_proj_weight
@@ -297,6 +306,8 @@ FLOAT_ONLY: dict[Any, Callable[[Route, Any, Any, Any], Any]] = {
 
 HANDLERS: dict[Any, Callable[[Route, Any, Any, Any], Any]] = {
     **dict.fromkeys(_ATEN, _matmul),
+    Tensor.matmul: _operator,
+    Tensor.__matmul__: _operator,
     F.linear: _linear,
     Tensor.__rmatmul__: _rmatmul,
     torch.addmm: _addmm,

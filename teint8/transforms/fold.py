@@ -109,7 +109,7 @@ def _find(module: nn.Module, tree: Tree, args: Any, kwargs: Any) -> list[_Pair]:
     try:
         fake_tree, fake_args, fake_kwargs = _torch.to_fake((tree, args, kwargs))
         route = _Follows()
-        with _torch.fake_mode_of(fake_tree, fake_args), torch.no_grad():
+        with _torch.abstract_run("fold_batchnorm", fake_tree, fake_args):
             route.use(call_module(module, route, fake_tree, fake_args, fake_kwargs))
     finally:
         for m, mode in training.items():

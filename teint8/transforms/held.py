@@ -80,17 +80,19 @@ class Plan(NamedTuple):
 class Quick:
     """What a context knows of a weight that it met before: enough to run F.linear again without asking anew."""
 
-    __slots__ = ("bias", "codes", "entry", "held", "plans", "scale", "weight")
+    __slots__ = ("bias", "channels", "codes", "entry", "held", "plans", "scale", "weight")
 
     def __init__(self, weight: Tensor, bias: Tensor | None, held: "Held", entry: Entry, forget: Callable[[Any], Any]) -> None:
         self.weight, self.bias = weakref.ref(weight, forget), None if bias is None else weakref.ref(bias)
-        self.held, self.entry = held, entry
+        self.held, self.entry, self.channels = held, entry, weight.shape[:1]
         self.codes, self.scale = entry.packed.rows()
         self.plans: dict[Any, Plan] = {}
 
     def fits(self, weight: Tensor, bias: Tensor | None) -> bool:
         """Whether these are the tensors that were met, and the weight is as it was packed."""
         if self.weight() is not weight or bias is not (None if self.bias is None else self.bias()):
+            return False
+        if bias is not None and bias.shape != self.channels:
             return False
         return self.entry.is_of(weight) and self.held.place(weight) == self.entry.place
 

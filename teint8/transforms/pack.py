@@ -16,10 +16,11 @@ from teint8.numerics import block_of
 from teint8.ops.conv_layout import contracted, packed_kernel
 from teint8.ops.raw import quantize as quantize_rows
 from teint8.ops.raw_blocks import quantize_blocks
-from teint8.policy import Policy
+from teint8.policy import Policy, Rule
 from teint8.qtensor import QTensor
 from teint8.transforms.operands import Operand
 from teint8.transforms.quantize import BoundRoute, check_params, quantized, run
+from teint8.transforms.reasons import by_block
 from teint8.transforms.trees import map_leaves, weights_of
 
 Use = tuple[int | tuple[int, ...], str] | None
@@ -185,7 +186,7 @@ class _Survey(BoundRoute):
 def _survey(qfn: Any, params: Any, args: Any, kwargs: Any) -> dict[str, set[Use]]:
     fake_params, fake_args, fake_kwargs = _torch.to_fake((unpack(params), args, kwargs))
     survey = _Survey(qfn.policy)
-    with _torch.fake_mode_of(fake_params, fake_args), torch.no_grad():
+    with _torch.abstract_run("pack", fake_params, fake_args):
         run(qfn, survey, fake_params, fake_args, fake_kwargs)
     return survey.uses
 
@@ -198,9 +199,18 @@ def _read_module(module: nn.Module, policy: Policy) -> dict[str, set[Use]]:
         paths[path] = parameter
         axis = _contracted_dimension(owner, name)
         rule = None if axis is None else policy.match(path, _op_of(owner, axis))
-        use = None if axis is None or rule is None or rule.weight is None else (axis, rule.weight.grouping)
+        use: Use = None
+        if axis is not None and rule is not None and rule.weight is not None and _takes(owner, axis, rule):
+            use = axis, rule.weight.grouping
         by_tensor.setdefault(parameter, set()).add(use)
     return {path: by_tensor[parameter] for path, parameter in paths.items()}
+
+
+def _takes(owner: nn.Module, axis: int | tuple[int, ...], rule: Rule) -> bool:
+    """Whether calls of the layer are INT8 by such a rule: tables and bilinear layers by row alone, convolutions not by block."""
+    if isinstance(owner, (nn.Embedding, nn.EmbeddingBag, nn.Bilinear)):
+        return rule.weight is not None and rule.weight.granularity == "row"
+    return not (isinstance(axis, tuple) and by_block(rule))
 
 
 def _parameters(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:

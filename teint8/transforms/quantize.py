@@ -1,6 +1,7 @@
 """``quantize``: a model or a function as an INT8 function of its parameters."""
 
 import functools
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from teint8 import _torch
 from teint8.conditioning import Conditioned
 from teint8.ops.shared import Shared
-from teint8.policy import Policy, shown
+from teint8.policy import OPS, Policy, shown
 from teint8.qtensor import QTensor
 from teint8.transforms.operands import Operand
 from teint8.transforms.receipt import Receipt
@@ -100,6 +101,7 @@ class BoundRoute(Route):
             operand = self.known.get(args)
             if operand is None or not isinstance(operand.value, QTensor):
                 return args
+            self._met_elsewhere(operand.path)
             if self.receipt is not None:
                 n, k = operand.value.shape[-2:]
                 self.receipt.add(
@@ -110,6 +112,20 @@ class BoundRoute(Route):
         if isinstance(args, dict):
             return {key: self.plain(value) for key, value in args.items()}
         return type(args)([self.plain(value) for value in args]) if type(args) in (tuple, list) else args
+
+    def _met_elsewhere(self, path: str) -> None:
+        """Tell of a packed weight in an op that is not taken over: dequantized there, it gives other bits than the float weight."""
+        rules = [self.policy.match(path, op) for op in OPS]
+        if _torch.is_compiling() or not any(rule is not None and rule.weight is not None for rule in rules):
+            return
+        what = (
+            f"{path} is packed, and is used by an op that is not taken over, or in another way than it was packed for: it is "
+            "dequantized there, with other bits than the float weight gives"
+        )
+        hint = "pack(qfn, params, *example_inputs) looks at every use, and leaves such a weight in float"
+        if self.strict:
+            raise ValueError(f"strict: {what}; {hint}")
+        warnings.warn(f"teint8: {what}; {hint}", stacklevel=2)
 
     def replaying(self, function: Callable[..., Any]) -> Callable[..., Any]:
         return super().replaying(function if self.rebind is None else self.rebind(function))
@@ -160,6 +176,10 @@ def quantize(module_or_fn: nn.Module | Callable[..., Any], policy: Policy | None
     policy = Policy.qat() if policy is None else policy
     if not isinstance(policy, Policy):
         raise TypeError(f"quantize: policy is {shown(policy)}; a Policy is needed, such as Policy.qat(), the default")
+    if not isinstance(strict, bool):
+        raise TypeError(f"quantize: strict is {shown(strict)}; True or False is needed")
+    if isinstance(module_or_fn, type) and issubclass(module_or_fn, nn.Module):
+        raise TypeError(f"quantize: {module_or_fn.__name__} is a class; a module is needed, {module_or_fn.__name__}(...)")
     if isinstance(module_or_fn, nn.Module):
         call = functools.partial(call_module, module_or_fn)
     elif callable(module_or_fn):
@@ -309,6 +329,11 @@ def _check_leaf(module: nn.Module, path: str, leaf: Any, own: Tensor | None) -> 
     if is_lazy(own):
         raise ValueError(
             f"quantized {type(module).__name__}: {path} has no shape yet; run the module once, as torch's lazy modules need"
+        )
+    if not isinstance(leaf, Tensor) and not is_weight(leaf):
+        raise TypeError(
+            f"quantized {type(module).__name__}: {path} is a {type(leaf).__name__}; a tensor or a QTensor is needed, such as "
+            "torch.as_tensor(...)"
         )
     if is_weight(leaf) and leaf.shape != own.shape:
         raise ValueError(

@@ -85,8 +85,6 @@ def why_float_conv(rule: Rule | None, x: Any, weight: Operand, axis: tuple[int, 
     unfit = _unfit("activation", x) or _unfit("weight", value)
     if unfit:
         return unfit
-    if x.dtype != value.dtype and autocast_dtype(x) is None:
-        return f"the activation is {x.dtype}, the weight {value.dtype}"
     if isinstance(value, QTensor) and (value.axis != axis or (call.transposed and call.groups > 1)):
         return "the weight was packed for another kind of convolution"
     if weight.transposed:

@@ -196,7 +196,9 @@ class Receipt:
 
     def _closing(self) -> list[str]:
         unmatched = self.unmatched if self.calls else ()  # what ran in compiled code may have matched
-        return [f"{self.int8_calls} of {self.calls} calls ran in INT8", *(f"no call matched {rule!r}" for rule in unmatched)]
+        floats = sum(record.calls for record in self.records if record.implementation == "dequantized")
+        counted = f"{self.int8_calls} of {self.calls} calls ran in INT8{f', {floats} with INT8 weights and in float' if floats else ''}"
+        return [counted, *(f"no call matched {rule!r}" for rule in unmatched)]
 
     def __str__(self) -> str:
         rows = self._rows()

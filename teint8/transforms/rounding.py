@@ -195,7 +195,7 @@ def awq(qfn: Any, params: Any, moments: Moments, *, progress: bool = True) -> An
         if isinstance(w, Conditioned) or rule is None or rule.weight is None or int(moment.axis) != -1:
             continue
         rms = moment.mean.diagonal().clamp(min=0).sqrt()
-        middle = rms[rms > 0].log().mean().exp() if bool((rms > 0).any()) else torch.ones(())
+        middle = rms[rms > 0].log().mean().exp() if bool((rms > 0).any()) else rms.new_ones(())
         best = (float(_error(w, pack_weight(w, -1, rule.weight.grouping).dequantize(), moment.mean)), None)
         for tenth in range(1, 11):
             factor = power_of_two(torch.where(rms > 0, (rms / middle) ** (tenth / 10), 1.0).to(w.device))

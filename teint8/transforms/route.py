@@ -59,6 +59,7 @@ class Route(Recording, TorchFunctionMode):
         self.shared: Shared | None = None  # where codes of activations are kept for the next call that takes the same one
         self._entries: dict[int, list[int]] = {}  # by thread, the frames that entered this route; 0 where it was traced
 
+    @_compilers.never_compiled_alone
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         handler = HANDLERS.get(func)
         if handler is None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from teint8.conditioning import Conditioned
+from teint8.ops.conv_layout import contracted
 from teint8.qtensor import QTensor
 
 _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
@@ -80,6 +81,8 @@ def rebuilt(node: Any, leaves: Any, tensors: dict[str, Tensor], file: pathlib.Pa
         codes, scale = (_taken(tensors, f"{value}.{name}", file) for name in ("codes", "scale"))
         axis = tuple(about["axis"]) if isinstance(about["axis"], list) else about["axis"]
         try:
+            if isinstance(axis, tuple) and axis == contracted(codes.ndim, False):
+                codes = codes.movedim(1, -1).contiguous().movedim(-1, 1)  # as a convolution reads them, and as they were packed
             return QTensor(codes, scale, tensors.pop(f"{value}.activation_scale", None), _DTYPES[about["dtype"]], axis)
         except (TypeError, ValueError, KeyError) as error:
             raise bad(file, f"{value} is no packed weight: {error}") from None

@@ -257,14 +257,16 @@ def _taylor(work: _Work, args: Any, kwargs: Any) -> Iterator[tuple[str, float]]:
         yield path, _curvature(work, of, path, w, error, args, kwargs) / 2
 
 
+def _signs(work: _Work, w: Tensor) -> Tensor:
+    """-1 and 1 at random, like w."""
+    return (torch.randint(2, w.shape, generator=work.signs, device=work.signs.device) * 2 - 1).to(w)
+
+
 def _traces(work: _Work, args: Any, kwargs: Any) -> Iterator[tuple[str, float]]:
     of = work.loss_of(args, kwargs)
     for path, (w, error) in work.errors().items():
         # of one layer alone: in a product of all at once, what a sensitive layer shares with another can hide the other's trace
-        found = [
-            _curvature(work, of, path, w, (torch.randint(2, w.shape, generator=work.signs) * 2 - 1).to(w), args, kwargs)
-            for _ in range(_PROBES)
-        ]
+        found = [_curvature(work, of, path, w, _signs(work, w), args, kwargs) for _ in range(_PROBES)]
         off = float(error.square().sum())
         yield path, max(sum(found) / _PROBES, 0.0) / w.numel() * off if off else 0.0
 

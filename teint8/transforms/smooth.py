@@ -202,7 +202,7 @@ class _Chain(NamedTuple):
 def _chains(qfn: Any, params: Any, args: Any, kwargs: Any, leaves: dict[str, Any]) -> list[_Chain]:
     fake_params, fake_args, fake_kwargs = _torch.to_fake((params, args, kwargs))
     route = _Follows()
-    with _torch.fake_mode_of(fake_params, fake_args, fake_kwargs), torch.no_grad():
+    with _torch.abstract_run("smooth", fake_params, fake_args, fake_kwargs):
         route.use(run(qfn, route, fake_params, fake_args, fake_kwargs))
     return route.chains(set(leaves))
 

@@ -49,9 +49,7 @@ class KeepsCodes(Route):
         if not isinstance(t, nn.Parameter) or _torch.is_compiling():
             return
         held_of(t).drop()
-        if self.made is None:
-            self.made = WeakTensorKeyDictionary()
-        self.made[t] = None  # None: of this one codes are not kept in this context
+        self._made()[t] = None  # None: of this one codes are not kept in this context
 
     def kernel_codes(self, weight: Operand, rule: Rule, call: Any) -> Any:
         if weight.held is None or weight.transposed or isinstance(weight.value, QTensor) or rule.weight is None:
@@ -66,12 +64,18 @@ class KeepsCodes(Route):
 
     def _codes_of(self, owner: Tensor, place: Any, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """Codes of a weight, made once in a context for as long as it is what it was."""
-        if self.made is None:
-            self.made = WeakTensorKeyDictionary()
-        known = self.made.get(owner, ((), ()))
+        made = self._made()
+        known = made.get(owner, ((), ()))
         if known is None:
             return make()
         if known[0] != place:
-            known = self.made[owner] = (place, make())
+            known = made[owner] = (place, make())
             follow_optimizers()
         return known[1]  # type: ignore[no-any-return]
+
+    def _made(self) -> Any:
+        """What is kept; another thread that shares this context may leave it, and drop it, at any time."""
+        made = self.made
+        if made is None:
+            made = self.made = WeakTensorKeyDictionary()
+        return made
