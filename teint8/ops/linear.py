@@ -84,7 +84,9 @@ def differentiates(*tensors: Tensor | None) -> bool:
     """Whether a derivative by any of these may be asked for; never by None."""
     if keeps():
         return any(t is not None for t in tensors)
-    if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+    if not torch.is_grad_enabled():
+        return False
+    if not torch.compiler.is_dynamo_compiling() and torch.is_inference_mode_enabled():  # Dynamo does not know it
         return False
     return any(t is not None and t.requires_grad for t in tensors)
 
