@@ -21,7 +21,7 @@ from teint8.transforms.again import Again
 from teint8.transforms.again_conv import ConvolvesAgain
 from teint8.transforms.calls import HANDLERS
 from teint8.transforms.convolutions import CONVOLUTIONS
-from teint8.transforms.held import Held, all_entries, forget_all, held_of
+from teint8.transforms.held import Held, QuickCalls, all_entries, forget_all, held_of
 from teint8.transforms.operands import Operand
 from teint8.transforms.receipt import Receipt
 from teint8.transforms.route import Route
@@ -102,7 +102,8 @@ class te_int8_autocast(Again, ConvolvesAgain, KeepsCodes):
         # codes of norms wait in inference too, where a rule asks for it; the short ways below quantize for themselves
         waits = any("norm" in rule.ops for rule in self.policy.rules)
         self.shared = Shared() if training or waits else None
-        self.quick = None if training or self.paths_matter or waits else {}
+        keeps = not (training or self.paths_matter or waits) and self.policy_number is not None and bool(self.policy.rules)
+        self.quick = QuickCalls() if keeps else None
 
     def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Decorate: each call of ``function`` runs inside this context.

@@ -300,7 +300,7 @@ class Policy:
         quants = ("weight", "activation", "gradient")
         made = []
         for rule in rules:
-            fields: dict[str, Any] = {**_known(Rule, rule), "ops": tuple(rule.get("ops", ()))}
+            fields: dict[str, Any] = {**_known(Rule, rule), **({"ops": tuple(rule["ops"])} if "ops" in rule else {})}
             fields |= {key: Quant(**_known(Quant, fields[key])) for key in quants if isinstance(fields.get(key), dict)}
             made.append(Rule(**fields))
         return Policy(made)

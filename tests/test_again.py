@@ -145,9 +145,44 @@ def test_policies_are_heard(device: str) -> None:
             want = teint8.quantize(model, policy)(dict(model.named_parameters()), x)
             with te_int8_autocast(training=False, policy=policy):
                 y = [model(x) for _ in range(2)][1]
-            assert different(y, want) == 0 and different(y, int8) == (0 if policy == Policy.simulate() else different(want, int8))
+            assert different(y, want) == 0 and (different(y, int8) == 0) == (policy == Policy.simulate())
         with te_int8_autocast(training=False), te_int8_autocast(training=False, enabled=False):
             assert torch.equal(model(x), exact) and torch.equal(model(x), exact)
+
+
+def test_it_is_planned_once(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = _made("plain", device)
+    planned: list[object] = []
+    plan = te_int8_autocast._plan_convolution
+    monkeypatch.setattr(te_int8_autocast, "_plan_convolution", lambda self, *args: planned.append(args) or plan(self, *args))
+    for how in ({}, {"policy": Policy.weight_only()}, {"policy": Policy([Rule(ops=("linear",))])}, {"enabled": False}):
+        planned.clear()
+        with torch.no_grad(), te_int8_autocast(training=False, **how):
+            for _ in range(5):
+                layer(x)
+        assert len(planned) == ("enabled" not in how)
+
+
+def test_contexts_that_compiled_code_makes_have_policies_of_their_own() -> None:
+    """A graph break leaves a context to eager mode that was made while Dynamo traced."""
+    layer, x = _made("plain", "cpu")
+    called = torch._dynamo.disable(layer)
+
+    def int8(x: Tensor) -> Tensor:
+        with te_int8_autocast(training=False):
+            return called(x)
+
+    def floats(x: Tensor) -> Tensor:
+        with te_int8_autocast(training=False, policy=Policy([Rule(weight=None)])):
+            return called(x)
+
+    with torch.no_grad():
+        want, exact = int8(x), layer(x)
+        te_int8_autocast.cache_clear()
+        torch._dynamo.reset()
+        runs = [torch.compile(f, backend="eager") for f in (int8, floats)]
+        for _ in range(3):
+            assert torch.equal(runs[0](x), want) and torch.equal(runs[1](x), exact) and not torch.equal(want, exact)
 
 
 def test_a_call_that_is_refused_is_refused_again() -> None:
@@ -158,6 +193,11 @@ def test_a_call_that_is_refused_is_refused_again() -> None:
             for _ in range(2):
                 with pytest.raises((TypeError, ValueError, RuntimeError)):
                     layer(wrong)
+        bias, layer.bias = layer.bias, nn.Parameter(layer.bias.to("meta"))
+        for _ in range(2):
+            with pytest.raises(ValueError, match="bias on meta"):
+                layer(x)
+        layer.bias = bias
         y = layer(x.expand(2, 3, 6, 9, 8)[1])
         assert torch.equal(y, layer(x))
         empty = layer(x[:0])

@@ -552,3 +552,55 @@ def test_tensors_may_be_swapped_after_the_cache_is_cleared(training: bool) -> No
     finally:
         torch.__future__.set_swap_module_params_on_conversion(False)
     assert model[0].weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [(lambda: nn.Conv2d(3, 8, 3), (2, 3, 8, 8)), (lambda: nn.ConvTranspose1d(3, 8, 3), (2, 3, 8)), (lambda: nn.Linear(8, 8), (4, 8))],
+)
+@pytest.mark.filterwarnings("error:teint8")
+def test_what_is_compared_by_explain_is_no_use_of_a_packed_weight(make, shape) -> None:
+    model, x = make(), torch.randn(shape)
+    for strict in (False, True):
+        qfn = teint8.quantize(model, strict=strict)
+        packed = teint8.pack(qfn, dict(model.named_parameters()))
+        receipt = teint8.explain(qfn, packed, x)
+        assert receipt.int8_calls == receipt.calls == 1 and receipt.records[0].sqnr > 30
+
+
+@pytest.mark.filterwarnings("error:teint8")
+def test_a_policy_that_leaves_a_packed_weight_in_float_is_no_misuse() -> None:
+    model, x = layers(), torch.randn(8, 24)
+    packed = teint8.pack(teint8.quantize(model), dict(model.named_parameters()))
+    for strict in (False, True):
+        policy = Policy([Rule("0.*", weight=None), Rule(ops=("linear", "matmul", "embedding"))])
+        y = teint8.quantize(model, policy, strict=strict)(packed, x)
+        assert y.shape == (8, 24)
+
+
+@pytest.mark.parametrize("beta", [0, 1, 2])
+def test_addmm_has_the_dtype_of_torch_under_autocast(beta: int) -> None:
+    bias, x, w = torch.randn(16, requires_grad=True), torch.randn(8, 32), torch.randn(32, 16)
+    run = lambda p, x: torch.addmm(p["b"], x, p["w"], beta=beta)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for b in (bias, bias.detach()):
+            assert teint8.quantize(run)({"b": b, "w": w}, x).dtype == run({"b": b, "w": w}, x).dtype == torch.bfloat16
+
+
+def test_other_operands_of_the_operator_may_answer_for_themselves() -> None:
+    class Doubles:
+        def __rmatmul__(self, other: torch.Tensor) -> torch.Tensor:
+            return other * 2
+
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            return NotImplemented
+
+    x = torch.randn(3, 4)
+    assert torch.equal(teint8.quantize(lambda p, x: x @ Doubles())({"w": x}, x), x @ Doubles())
+    with pytest.raises(ValueError, match=r"float64 but weight is torch.float32"):
+        teint8.quantize(lambda p, x: x @ p["w"])({"w": torch.randn(4, 5)}, x.double())
+
+
+def test_a_rule_in_json_may_leave_out_its_ops() -> None:
+    assert Policy.from_json('[{"path": "a.*"}]') == Policy([Rule("a.*")])

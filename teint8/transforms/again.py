@@ -10,7 +10,7 @@ from teint8 import _torch, ops
 from teint8.ops import registry
 from teint8.policy import Rule
 from teint8.transforms.costs import bytes_of
-from teint8.transforms.held import Plan, Quick
+from teint8.transforms.held import Plan, Quick, QuickCalls
 from teint8.transforms.operands import Operand
 from teint8.transforms.reasons import kernel_of, mode_of, ran_as_of
 from teint8.transforms.route import Route
@@ -28,7 +28,7 @@ class Again(Route):
 
     policy_number: int | None
     paths_matter: bool
-    quick: dict[int, Quick] | None
+    quick: QuickCalls | None
 
     def multiply(
         self, op: str, x: Any, weight: Operand, axis: int, bias: Any, float_call: Any, rows: Any = None, ends: Any = None
@@ -85,8 +85,8 @@ class Again(Route):
         if quick is None or not quick.fits(owner, bias):
             if len(self.quick) >= 4096:
                 self.quick.clear()
-            number, me = id(owner), weakref.ref(self)  # a context that is left is gone at once, with what it knows
-            quick = Quick(owner, bias, held, held.entry(owner, -1, "row"), lambda _: _forget(me(), number))
+            number, known = id(owner), weakref.ref(self.quick)  # a context that is left is gone at once, with what it knows
+            quick = Quick(owner, bias, held, held.entry(owner, -1, "row"), lambda _: _forget(known(), number))
             if _torch.is_capturing(owner):  # codes that are made in a CUDA graph are there when it is replayed
                 return
             self.quick[number] = quick
@@ -115,9 +115,9 @@ class Again(Route):
             held.plans[key] = Plan(self.policy.rules.index(rule), implementation, n, "row", registry.generation(), line)
 
 
-def _forget(route: Again | None, number: int) -> None:
-    if route is not None and route.quick is not None:
-        route.quick.pop(number, None)
+def _forget(known: QuickCalls | None, number: int) -> None:
+    if known is not None:
+        known.pop(number, None)
 
 
 def _is_inference(x: Any, bias: Any) -> bool:

@@ -14,7 +14,7 @@ from teint8.ops.conv_layout import Shape, activation_codes, contracted, kernel_r
 from teint8.ops.raw_conv import problem_of
 from teint8.policy import Rule
 from teint8.transforms import convolutions
-from teint8.transforms.held import held_of
+from teint8.transforms.held import Held, held_of
 from teint8.transforms.reasons import mode_of, why_float_conv
 from teint8.transforms.recording import bytes_of_conv
 from teint8.transforms.route import Route
@@ -58,16 +58,9 @@ class ConvolvesAgain(Route):
         (x, weight), bias = args[:2], args[2] if len(args) > 2 else None
         if type(weight) is not nn.Parameter or not isinstance(x, Tensor) or not _is_inference(x, weight, bias):
             return None
-        like_bias = None if bias is None else (bias.shape, bias.dtype, bias.device)
-        like = x.shape, x.dtype, x.device, weight.shape, weight.dtype, weight.device, like_bias
-        key = (func, self.policy_number, registry.generation(), like, args[3:])
         held = held_of(weight)
-        try:
-            plan = held.convolutions.get(key)
-        except TypeError:  # a list of numbers cannot be hashed
-            return None
-        if plan is None:  # decided by the long way, once
-            self._plan_convolution(key, func, args)
+        plan = self._plan_of(held, func, args, bias)
+        if not plan:
             return None
         if not torch.is_inference_mode_enabled():  # a reentrant checkpoint records without gradients
             self.replay_in_checkpoints()
@@ -77,6 +70,23 @@ class ConvolvesAgain(Route):
         packed = held.entry(weight, plan.axis, "row").use(weight)
         y: Tensor = plan.run(x, packed.codes, packed.scale, bias).movedim(-1, 1)
         return y if is_channels_last(x) else y.contiguous()
+
+    def _plan_of(self, held: Held, func: Any, args: tuple[Any, ...], bias: Any) -> Any:
+        """The plan of a call; False where there is none: for the first call, and where the long way is the only one."""
+        x, weight = args[:2]
+        like_bias = None if bias is None else (bias.shape, bias.dtype, bias.device)
+        like = x.shape, x.dtype, x.device, weight.shape, weight.dtype, weight.device, like_bias
+        key = (func, self.policy_number, registry.generation(), like, args[3:])
+        try:
+            plan = held.convolutions.get(key)
+        except TypeError:  # a list of numbers cannot be hashed
+            return False
+        if plan is None:
+            if len(held.convolutions) > 64:
+                held.convolutions.clear()
+            held.convolutions[key] = plan = False
+            self._plan_convolution(key, func, args)
+        return plan
 
     def _plan_convolution(self, key: Any, func: Any, args: tuple[Any, ...]) -> None:
         """Keep a plan for calls like this one; none for what is no convolution of a rule's."""
@@ -92,14 +102,12 @@ class ConvolvesAgain(Route):
             op, problem = ops.conv_problem(call.x, call.w, call.bias, call.x.dtype, **call.how)
         except (TypeError, ValueError):  # the long way tells
             return
-        alike = call.x.device == call.w.device and call.x.dtype == call.w.dtype
+        alike = call.x.dtype == call.w.dtype and all(t is None or t.device == call.x.device for t in (call.w, call.bias))
         run = _runs(call, op, problem) if alike and 0 not in (*call.x.shape, *call.w.shape) else None
         if run is None:
             return
         name, sizes = ops.select(op, problem).name, (problem.m, problem.n, problem.k, problem.batch)
         fields = (weight.path, "conv", *sizes, name, mode_of(rule), "")
-        if len(weight.held[1].convolutions) > 64:
-            weight.held[1].convolutions.clear()
         line = fields, ops.describe(op, name, problem), bytes_of_conv(call.x, *sizes)
         weight.held[1].convolutions[key] = ConvPlan(self.policy.rules.index(rule), axis, run, line)
 

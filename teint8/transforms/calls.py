@@ -12,7 +12,6 @@ from torch import Tensor
 
 from teint8 import _torch
 from teint8.ops.attention import math_attention
-from teint8.ops.linear import differentiates
 from teint8.qtensor import QTensor
 from teint8.transforms import attend, attention, convolutions, norms, products, recurrent, shapes, tables
 from teint8.transforms.operands import Operand
@@ -41,6 +40,8 @@ def _operator(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
     try:
         return _matmul(route, func, args, kwargs)
     except TypeError as error:
+        if not all(isinstance(a, Tensor) for a in args):
+            raise
         raise ValueError(str(error)) from error
 
 
@@ -94,8 +95,8 @@ def _addmm(route: Route, func: Any, args: Any, kwargs: Any) -> Any:
     y = y if alpha == 1 else y * alpha
     bias = route.plain(bias)
     if beta == 0:  # its values do not count, NaN or not, and its gradient is zeros
-        return y + bias.masked_fill(torch.ones_like(bias, dtype=torch.bool), -0.0) if differentiates(bias) else y
-    return y + (bias if beta == 1 else bias * beta)
+        bias, beta = bias.masked_fill(torch.ones_like(bias, dtype=torch.bool), -0.0), 1
+    return (y + (bias if beta == 1 else bias * beta)).to(y.dtype)  # under torch.autocast the bias has another one
 
 
 _PROJECTIONS = (5, 11)  # where F.multi_head_attention_forward has in_proj_weight and out_proj_weight

@@ -19,11 +19,11 @@ class _Measuring(BoundRoute):
     def measure(self, fields: Any, y: Tensor, exact: Callable[[], Tensor], x: Tensor | None, group_dims: int, scale: Any) -> None:
         if self.receipt is None or _torch.in_transform() or not _torch.are_plain(y) or y.is_meta:
             return  # there are no values to look at
-        receipt, self.receipt = self.receipt, None  # what is computed only to compare is no call of the program
+        receipt, self.receipt, self.comparing = self.receipt, None, True  # this is no call of the program
         try:
             want = exact().detach().double()
         finally:
-            self.receipt = receipt
+            self.receipt, self.comparing = receipt, False
         found = receipt.measured(fields)
         found.signal += float(want.square().sum())
         found.noise += float((want - y.detach().double()).square().sum())

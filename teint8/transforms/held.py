@@ -97,6 +97,10 @@ class Quick:
         return self.entry.is_of(weight) and self.held.place(weight) == self.entry.place
 
 
+class QuickCalls(dict[int, Quick]):
+    """What a context knows of weights, by their ids; unlike a dict it may be referred to weakly."""
+
+
 class Held:
     """What is kept of a weight: its path, its packed forms by (contracted dimension, granularity), plans by policy and shape."""
 

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from teint8 import _torch
 from teint8.conditioning import Conditioned
 from teint8.ops.shared import Shared
-from teint8.policy import OPS, Policy, shown
+from teint8.policy import Policy, Rule, shown
 from teint8.qtensor import QTensor
 from teint8.transforms.operands import Operand
 from teint8.transforms.receipt import Receipt
@@ -115,8 +115,8 @@ class BoundRoute(Route):
 
     def _met_elsewhere(self, path: str) -> None:
         """Tell of a packed weight in an op that is not taken over: dequantized there, it gives other bits than the float weight."""
-        rules = [self.policy.match(path, op) for op in OPS]
-        if _torch.is_compiling() or not any(rule is not None and rule.weight is not None for rule in rules):
+        rules = [self.policy.match(path, op) for op in Rule().ops]
+        if self.comparing or not any(rule is not None and rule.weight is not None for rule in rules):
             return
         what = (
             f"{path} is packed, and is used by an op that is not taken over, or in another way than it was packed for: it is "
@@ -125,7 +125,8 @@ class BoundRoute(Route):
         hint = "pack(qfn, params, *example_inputs) looks at every use, and leaves such a weight in float"
         if self.strict:
             raise ValueError(f"strict: {what}; {hint}")
-        warnings.warn(f"teint8: {what}; {hint}", stacklevel=2)
+        if not _torch.is_compiling():
+            warnings.warn(f"teint8: {what}; {hint}", stacklevel=2)
 
     def replaying(self, function: Callable[..., Any]) -> Callable[..., Any]:
         return super().replaying(function if self.rebind is None else self.rebind(function))

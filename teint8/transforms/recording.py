@@ -34,6 +34,7 @@ class Recording:
     """
 
     measures = False
+    comparing = False  # whether what runs is computed only to compare
     strict: bool
     receipt: Receipt | None
 
